@@ -1,0 +1,38 @@
+# `make demo` and `make test` need Python 3.11 or newer and nothing else: they make their own environment.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RUN := runs/parsit_tiny
+
+.PHONY: demo test test-slow lint clean
+
+# One stamp per set of extras, so that `make demo` does not install PyTorch and a second call installs nothing.
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or newer is needed, found {sys.version}"'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-cpu: setup.py | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[cpu]'
+	touch $@
+
+$(VENV)/.installed-test: setup.py | $(VENV)/bin/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[cpu,test]'
+	touch $@ $(VENV)/.installed-cpu
+
+demo: $(VENV)/.installed-cpu
+	JAX_PLATFORMS=cpu $(BIN)/python train.py --config configs/parsit_tiny.yaml
+	JAX_PLATFORMS=cpu $(BIN)/python eval.py --checkpoint $(RUN)
+
+test: $(VENV)/.installed-test
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -m "not slow"
+
+test-slow: $(VENV)/.installed-test
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -m slow
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .jax_cache

@@ -1,0 +1,121 @@
+"""Score a trained document model: checkpoint -> predictions -> scores -> report.
+
+    python eval.py --checkpoint runs/parsit_tiny --benchmarks generated sroie --data sroie=DIR
+
+writes `results.json`, `predictions/` and `report.html` into the run's folder (or `--output`).
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from parsit_jax.evaluation.benchmarks import BENCHMARKS, BenchmarkError, load_benchmarks
+from parsit_jax.evaluation.metrics import METRICS
+from parsit_jax.evaluation.report import write_report
+from parsit_jax.evaluation.run import evaluate
+from parsit_jax.inference import ParsitInference
+from vishwamai.config import ConfigError, read_yaml, validate
+from vishwamai.experiment import EvaluationConfig
+
+
+def main(arguments: list[str] | None = None) -> None:
+    known = ", ".join(BENCHMARKS)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--checkpoint", required=True, type=Path, help="a run, one of its checkpoints, or an exported folder")
+    add("--benchmarks", nargs="+", metavar="NAME", help=f"default: those of the run's config; known: {known}")
+    add("--data", action="append", default=[], metavar="[NAME=]DIR", help="a benchmark's files; repeats")
+    add("--limit", type=int, metavar="N", help="ask only the first N questions of each benchmark")
+    add("--output", type=Path, metavar="DIR", help="where results go; default: the run's folder")
+    add("--seed", type=int, default=0, help="which held-out pages are drawn")
+    options = parser.parse_args(arguments)
+    if options.limit is not None and options.limit < 1:
+        parser.error(f"--limit {options.limit}: expected at least 1")
+    if not options.checkpoint.is_dir():
+        parser.error(f"no folder {options.checkpoint}")
+
+    # ------------------------------------------------------------------ what to score, and on what
+    run = run_folder(options.checkpoint)
+    output = options.output or run
+    console = Console()
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    try:
+        settings = evaluation_settings(run / "config.yaml")
+        names = options.benchmarks or settings.benchmarks
+        if not names:
+            parser.error(f"which benchmarks? --benchmarks takes {known}")
+        limit = options.limit if options.benchmarks or options.limit else settings.limit
+        benchmarks = load_benchmarks(names, options.data, options.seed)
+        model = ParsitInference(options.checkpoint)
+
+        # -------------------------------------------------------------- predictions and scores
+        with Progress(*columns, console=console) as progress:
+            tasks = {name: progress.add_task(name, total=None) for name in benchmarks}
+            results = evaluate(
+                model,
+                benchmarks,
+                output=output,
+                limit=limit,
+                batch_size=settings.batch_size,
+                provenance={"step": checkpoint_step(options.checkpoint), "seed": options.seed},
+                on_progress=lambda name, done, total: progress.update(
+                    tasks[name], completed=done, total=total
+                ),
+            )
+    except (BenchmarkError, ConfigError, FileNotFoundError) as error:
+        parser.exit(1, f"error: {error}\n")
+
+    # ------------------------------------------------------------------ report
+    console.print(score_table(results))
+    with (output / "predictions" / f"{names[0]}.jsonl").open(encoding="utf-8") as file:
+        sample = json.loads(file.readline())
+    for title, text in {
+        "report": write_report(output, run),
+        "page": output / sample["image"],
+        "asked": sample["question"],
+        "model": sample["prediction"],
+        "answer": " | ".join(sample["answers"]),
+    }.items():
+        console.print(f"{title:<7} {text}", markup=False, highlight=False, soft_wrap=True)
+
+
+def run_folder(checkpoint: Path) -> Path:
+    """The run that a checkpoint belongs to: `runs/x` for `runs/x/checkpoints/300`, any other path itself."""
+    return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else checkpoint
+
+
+def evaluation_settings(config: Path) -> EvaluationConfig:
+    """The `evaluation` section of a run's config; the defaults where there is no config."""
+    section = read_yaml(config).get("evaluation", {}) if config.is_file() else {}
+    return validate(EvaluationConfig, section, f"{config}, evaluation")
+
+
+def checkpoint_step(checkpoint: Path) -> int | None:
+    """The step of one checkpoint, or of a run's last one; None for a folder that was exported."""
+    folders = [checkpoint] if checkpoint.parent.name == "checkpoints" else checkpoint.glob("checkpoints/*")
+    steps = (int(folder.name) for folder in folders if folder.name.isdigit())
+    return max(steps, default=None)
+
+
+def score_table(results: dict) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table.add_column("benchmark", no_wrap=True)
+    titles = [metric.title for metric in METRICS.values()]
+    for title in ("asked", *titles, "blanked ANLS", "blanked exact match"):
+        table.add_column(title, justify="right", min_width=max(map(len, title.split())))
+    for name, of in results["benchmarks"].items():
+        blanked = of["image_blanked"]
+        scores = [*(of[metric] for metric in METRICS), blanked["anls"], blanked["exact_match"]]
+        table.add_row(name, str(of["examples"]), *(f"{score:.3f}" for score in scores))
+    return table
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""Arrays in, arrays out: the kernels both models stand on. Knows no model, no config, no Flax.
+
+Shape letters: B batch, T/S query/key length, N query heads, K key heads, H head dim.
+
+Names load on first use. Transformers looks for a Hugging Face package that is also called `kernels`, and imports
+whatever it finds under that name: that must cost nothing, and must not carry a `__version__` it would take for its own.
+"""
+
+import importlib
+
+# The folder shares its name with the function it exports. Importing the (empty) folder first and dropping the name
+# lets `from kernels import attention` give the function, whichever module was imported before.
+import kernels.attention
+
+del attention, kernels  # noqa: F821
+
+_HOME = {"Mask": "kernels.attention.mask", "attention": "kernels.attention.api"}
+__all__ = ["Mask", "attention"]
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"kernels exports {', '.join(__all__)}; found {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

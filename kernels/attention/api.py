@@ -1,0 +1,83 @@
+"""The one entry point for attention: checks what it is given, picks a backend, says once which."""
+
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from kernels.attention import reference, xla
+from kernels.attention.mask import Mask, check
+
+logger = logging.getLogger("kernels")
+
+BACKENDS = {"reference": reference.attention, "xla": xla.attention}
+
+
+def attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K V"],
+    mask: Mask | None = None,
+    scale: float | None = None,
+    logit_softcap: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Float[Array, "B T N V"] | tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
+    """Softmax attention with grouped heads: query head n reads key head n // (N / K), keys are never repeated.
+
+    A row that sees no key gives 0 and zero gradients. Statistics and sums are at least float32.
+
+    Args:
+        mask: what each query sees (`kernels.Mask`); None is full attention.
+        scale: factor of the logits; None is 1 / sqrt(H).
+        logit_softcap: c gives c · tanh(logit / c), after the scale (Gemma 2, arXiv 2408.00118).
+        sinks: one logit per head that joins the softmax and carries no value (attention sinks, arXiv 2309.17453).
+        return_lse: also give the log of the softmax's denominator, sinks included; -inf where there is none.
+        backend: "auto", "xla" (blocked: memory grows with T, not T · S) or "reference" (for tests).
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown backend, a mask that can't be honoured.
+        TypeError: q, k and v of different or non-float types; masks that are no integers.
+    """
+    mask = Mask() if mask is None else mask
+    _check(q, k, v, mask, logit_softcap, sinks)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out, lse = BACKENDS[_pick(backend)](q, k, v, mask, scale, logit_softcap, sinks)
+    out = out.astype(q.dtype)
+    return (out, lse) if return_lse else out
+
+
+def _pick(backend: str) -> str:
+    if backend == "auto":
+        platform = jax.default_backend()
+        _say_once(f"attention: backend xla (the only one so far that is meant for speed; platform {platform})")
+        return "xla"
+    if backend not in BACKENDS:
+        raise ValueError(f"attention has no backend {backend!r}; there are: auto, {', '.join(sorted(BACKENDS))}")
+    return backend
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logger.info(message)
+
+
+def _check(q, k, v, mask: Mask, logit_softcap, sinks) -> None:
+    found = f"found q {q.shape}, k {k.shape}, v {v.shape}"
+    if not (q.ndim == k.ndim == v.ndim == 4):
+        raise ValueError(f"q, k and v must be B T N H, B S K H and B S K V, {found}")
+    (batch, num_queries, num_heads, head_dim), (_, num_keys, num_kv_heads, _) = q.shape, k.shape
+    if k.shape[0] != batch or k.shape[3] != head_dim or v.shape[:3] != k.shape[:3]:
+        raise ValueError(f"q, k and v must share B, k and v also S and K, q and k also H, {found}")
+    if num_kv_heads == 0 or num_heads % num_kv_heads:
+        raise ValueError(f"the query heads must be a multiple of the key heads, {found}")
+    if not (q.dtype == k.dtype == v.dtype and jnp.issubdtype(q.dtype, jnp.floating)):
+        raise TypeError(f"q, k and v must have one float type, found {q.dtype}, {k.dtype}, {v.dtype}: cast them first")
+    if logit_softcap is not None and not logit_softcap > 0:
+        raise ValueError(f"logit_softcap must be positive, found {logit_softcap}")
+    if sinks is not None and sinks.shape != (num_heads,):
+        raise ValueError(f"sinks must have shape ({num_heads},), one logit per query head, found {sinks.shape}")
+    check(mask, batch, num_queries, num_keys)

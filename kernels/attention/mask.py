@@ -1,0 +1,158 @@
+"""Which keys a query sees: a small value that says it, and the boolean array it stands for.
+
+Positions: query i stands at `q_offset + i`, key j at j. Key j is visible to query i when all of these hold:
+  * it is there: j < kv_length, and its segment is the query's, not 0 (segment 0 is padding and sees nothing);
+  * the order allows it: not `causal`, or 0 <= i - j (< window), or j < prefix_length, or both lie in the same
+    non-zero block of `block_ids`.
+"""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+Index = Any  # a Python int where known at trace time, else an int array
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A description of visibility; `None` or the default in every field is full attention.
+
+    A pytree: arrays are leaves; `causal`, `window` and every Python int are static, so that kernels can skip what
+    they rule out. Passing an offset that changes from call to call? Make it an array, or each value compiles anew.
+
+    Args:
+        causal: keys behind the query's position are hidden.
+        window: with `causal`, the number of latest keys that stay visible, the query's own included.
+        prefix_length: int or int `B`; keys before it are visible to every query, whatever `causal` says.
+        q_segment_ids: int `B T`; a query sees the keys of its own segment. 0 is padding: such a query sees nothing,
+            such a key is never seen, and what it holds (NaN too) reaches nothing.
+        kv_segment_ids: int `B S`; left out, it is `q_segment_ids` (then T must equal S).
+        kv_length: int or int `B`; keys from there on are absent.
+        q_offset: int or int `B`; the position of query 0 (the number of keys cached before it).
+        block_ids: int `B T` with T = S and no `q_offset`; a query also sees the keys of its own non-zero block
+            (images that look both ways), never across segments.
+
+    Raises:
+        ValueError: window without causal or below 1; kv_segment_ids without q_segment_ids.
+    """
+
+    causal: bool = False
+    window: int | None = None
+    prefix_length: Index | None = None
+    q_segment_ids: jax.Array | None = None
+    kv_segment_ids: jax.Array | None = None
+    kv_length: Index | None = None
+    q_offset: Index = 0
+    block_ids: jax.Array | None = None
+
+    def __post_init__(self):
+        if self.window is not None and not self.causal:
+            raise ValueError(f"window={self.window} needs causal=True: a window counts back from the query")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window must be at least 1 (the query's own key), found {self.window}")
+        if self.kv_segment_ids is not None and self.q_segment_ids is None:
+            raise ValueError("kv_segment_ids came without q_segment_ids: give both, or q_segment_ids alone when T = S")
+
+    @property
+    def key_segments(self) -> jax.Array | None:
+        return self.q_segment_ids if self.kv_segment_ids is None else self.kv_segment_ids
+
+
+def _flatten(mask: Mask):
+    values = {field.name: getattr(mask, field.name) for field in fields(mask)}
+    static = {name: value for name, value in values.items() if isinstance(value, bool | int | None)}
+    arrays = {name: value for name, value in values.items() if name not in static}
+    return tuple(arrays.values()), (tuple(arrays), tuple(static.items()))
+
+
+def _unflatten(layout, leaves) -> Mask:
+    names, static = layout
+    mask = object.__new__(Mask)  # leaves may be anything while JAX handles the tree: no checks here
+    for name, value in (*zip(names, leaves, strict=True), *static):
+        object.__setattr__(mask, name, value)
+    return mask
+
+
+jax.tree_util.register_pytree_node(Mask, _flatten, _unflatten)
+
+
+def check(mask: Mask, batch: int, num_queries: int, num_keys: int) -> None:
+    """Raises ValueError (or TypeError for a non-integer) where a field's shape does not fit `B`, `T`, `S`."""
+    shapes = {
+        "q_segment_ids": (batch, num_queries),
+        "kv_segment_ids": (batch, num_keys),
+        "block_ids": (batch, num_queries),
+    }
+    for field in ("prefix_length", "kv_length", "q_offset", *shapes):
+        value = getattr(mask, field)
+        if value is None:
+            continue
+        if not jnp.issubdtype(jnp.result_type(value), jnp.integer):
+            raise TypeError(f"Mask.{field} must hold integers, found {jnp.result_type(value)}")
+        allowed = [shapes[field]] if field in shapes else [(), (batch,)]
+        if np.shape(value) not in allowed:
+            raise ValueError(f"Mask.{field} must have shape {' or '.join(map(str, allowed))}, found {np.shape(value)}")
+    if mask.q_segment_ids is not None and mask.kv_segment_ids is None and num_queries != num_keys:
+        raise ValueError(f"{num_queries} queries against {num_keys} keys: segments need kv_segment_ids too")
+    if mask.block_ids is not None and (num_queries != num_keys or not is_zero(mask.q_offset)):
+        raise ValueError(
+            f"block_ids needs as many keys as queries and q_offset=0, found {num_queries} queries, {num_keys} keys, "
+            f"q_offset={mask.q_offset}"
+        )
+
+
+def is_zero(value: Index | None) -> bool:
+    """Known at trace time to be 0."""
+    return isinstance(value, int) and value == 0
+
+
+def _per_row(value: Index) -> Index:
+    """An int, or an int array `B` (or scalar), to broadcast against `B R C`."""
+    return value if isinstance(value, int) else jnp.reshape(value, (-1, 1, 1))
+
+
+def _piece(ids: jax.Array, start: Index, size: int) -> jax.Array:
+    return lax.dynamic_slice_in_dim(jnp.asarray(ids), start, size, axis=1)
+
+
+def visible(mask: Mask, q_start: Index, num_queries: int, kv_start: Index, num_keys: int) -> jax.Array | None:
+    """Bool `B R C` (or `1 R C`) for queries q_start + [0, R) and keys kv_start + [0, C); None where all is visible."""
+    query = (q_start + lax.iota(jnp.int32, num_queries))[None, :, None]
+    key = (kv_start + lax.iota(jnp.int32, num_keys))[None, None, :]
+    allowed = None
+    if mask.causal:
+        distance = query + _per_row(mask.q_offset) - key
+        allowed = distance >= 0
+        if mask.window is not None:
+            allowed &= distance < mask.window
+        if mask.prefix_length is not None:
+            allowed |= key < _per_row(mask.prefix_length)
+        if mask.block_ids is not None:
+            block = _piece(mask.block_ids, q_start, num_queries)[:, :, None]
+            allowed |= (block == _piece(mask.block_ids, kv_start, num_keys)[:, None, :]) & (block != 0)
+    if mask.q_segment_ids is not None:
+        segment = _piece(mask.q_segment_ids, q_start, num_queries)[:, :, None]
+        same = (segment == _piece(mask.key_segments, kv_start, num_keys)[:, None, :]) & (segment != 0)
+        allowed = same if allowed is None else allowed & same
+    if mask.kv_length is not None:
+        there = key < _per_row(mask.kv_length)
+        allowed = there if allowed is None else allowed & there
+    return allowed
+
+
+def live_queries(mask: Mask) -> jax.Array | None:
+    """Bool `B T`: queries that are no padding; None where all are."""
+    return None if mask.q_segment_ids is None else jnp.asarray(mask.q_segment_ids) != 0
+
+
+def live_keys(mask: Mask, num_keys: int) -> jax.Array | None:
+    """Bool `B S` (or `1 S`): keys that are neither padding nor beyond kv_length; None where all are."""
+    live = None if mask.q_segment_ids is None else jnp.asarray(mask.key_segments) != 0
+    if mask.kv_length is not None:
+        there = (lax.iota(jnp.int32, num_keys)[None, :]) < jnp.reshape(mask.kv_length, (-1, 1))
+        live = there if live is None else live & there
+    return live

@@ -1,0 +1,3 @@
+"""What is asked of a page where the user gave no question: the same words in training and in use."""
+
+READ_PAGE = "Read the page."

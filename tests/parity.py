@@ -1,0 +1,83 @@
+"""Tiny random Transformers models, and the measure by which ours must equal them."""
+
+import numpy as np
+import pytest
+from flax import nnx
+
+torch = pytest.importorskip("torch", reason="parity needs PyTorch: pip install -e .[torch]")
+transformers = pytest.importorskip("transformers", reason="parity needs Transformers: pip install -e .[torch]")
+
+LOGITS = 1e-4  # largest absolute difference
+GRADIENT, VANISHING = 1e-4, 1e-6  # largest difference, as a share of the tensor's and of the model's largest gradient
+
+
+def text_config(**changes):
+    """A Qwen3 with odd sizes and constants that are nobody's default."""
+    sizes = dict(vocab_size=199, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=8)
+    heads = dict(num_key_value_heads=2, head_dim=12, rms_norm_eps=1e-5, tie_word_embeddings=True)
+    rope = dict(rope_parameters={"rope_type": "default", "rope_theta": 500_000.0}, max_position_embeddings=4096)
+    return transformers.Qwen3Config(**{**sizes, **heads, **rope, **changes})
+
+
+def vision_config(**changes):
+    """A SigLIP tower of 5 x 5 patches whose pixels the patches do not fill (as in so400m-patch14-384)."""
+    sizes = dict(hidden_size=40, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4)
+    return transformers.SiglipVisionConfig(**{**sizes, "image_size": 37, "patch_size": 7, "layer_norm_eps": 1e-5, **changes})
+
+
+def llava_config(text=None, vision=None, **changes):
+    """Llava with the two inside; the last token is the image's."""
+    text, vision = text or text_config(), vision or vision_config()
+    fixed = dict(image_token_index=text.vocab_size - 1, vision_feature_select_strategy="full", vision_feature_layer=-1)
+    return transformers.LlavaConfig(text_config=text, vision_config=vision, **{**fixed, **changes})
+
+
+def randomised(model, seed=0):
+    """Every parameter drawn anew, norms and biases too: a default of 0 or 1 would hide a row that is mixed up."""
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=draw)
+            is_norm = "norm" in name and name.endswith("weight")
+            matrix = 0.7 / np.sqrt(parameter[0].numel()) if parameter.ndim > 1 else 0.2
+            parameter.copy_(1 + 0.2 * noise if is_norm else matrix * noise)
+            if "embed_tokens" in name or "position_embedding" in name:
+                parameter.copy_(0.3 * noise)
+    return model.eval()
+
+
+def saved(model, folder, **options):
+    """The folder that `save_pretrained` wrote."""
+    model.save_pretrained(folder, **options)
+    return folder
+
+
+def assert_close(ours, theirs, limit=LOGITS):
+    ours, theirs = np.asarray(ours), theirs.detach().numpy()
+    assert ours.shape == theirs.shape and ours.dtype == np.float32
+    difference = np.abs(ours - theirs).max()
+    assert difference <= limit, f"largest difference {difference:.2e} (values up to {np.abs(theirs).max():.2f})"
+
+
+def assert_gradients(ours: nnx.State, model, rows, spell=lambda name: name):
+    """Every gradient of ours against PyTorch's, by the name table; where PyTorch has none, ours must be zero or absent."""
+    flat = {".".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(ours)}
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    largest = max(float(grad.abs().max()) for grad in expected.values() if grad is not None)
+    compared = set()
+    for row in rows:
+        names = [ours.replace(".{layer}", "") for ours in row.ours]
+        for layer, theirs in row.pairs():
+            grad = expected.pop(spell(theirs))
+            if grad is None:
+                assert not any(np.any(flat[name]) for name in names if name in flat), f"{theirs} has a gradient here only"
+                continue
+            compared.update(names)
+            arrays = [np.asarray(flat[name] if layer is None else flat[name][layer]) for name in names]
+            difference = np.abs(row.transform.to_theirs(*arrays) - grad.numpy()).max()
+            own = float(grad.abs().max())
+            assert difference <= max(GRADIENT * own, VANISHING * largest), (
+                f"{theirs}: gradients differ by {difference:.2e}, the largest is {own:.2e} (of the model {largest:.2e})"
+            )
+    assert not expected, f"no row names {sorted(expected)}"
+    assert compared == set(flat), f"not in PyTorch: {sorted(set(flat) - compared)}"

@@ -1,0 +1,103 @@
+"""`eval.py` with a stand-in for the model: options, defaults, files, and what goes wrong."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from parsit_jax.evaluation.benchmarks import load_benchmarks
+
+EVAL = Path(__file__).parents[3] / "eval.py"
+
+
+@pytest.fixture
+def command(monkeypatch, Oracle):
+    """`eval.py`'s main, with a model that reads every generated receipt."""
+    oracle = Oracle(load_benchmarks(["generated"])["generated"])
+    inference = SimpleNamespace(ParsitInference=lambda checkpoint: oracle)
+    monkeypatch.setitem(sys.modules, "parsit_jax.inference", inference)
+    spec = importlib.util.spec_from_file_location("eval_command", EVAL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = tmp_path / "runs" / "tiny"
+    for step in ("90", "200", "300.orbax-checkpoint-tmp"):
+        (folder / "checkpoints" / step).mkdir(parents=True)
+    (folder / "config.yaml").write_text("evaluation: {benchmarks: [generated], limit: 9, batch_size: 4}\n")
+    return folder
+
+
+def results_of(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_scores_report_and_one_sample(command, run, capsys):
+    command(["--checkpoint", str(run), "--benchmarks", "generated"])
+    results = results_of(run)
+    assert results["step"] == 200 and results["limit"] is None
+    assert results["benchmarks"]["generated"]["anls"] == 1.0
+    assert results["benchmarks"]["generated"]["examples"] >= 300
+    assert (run / "report.html").is_file()
+    first = json.loads((run / "predictions" / "generated.jsonl").open().readline())
+    printed = capsys.readouterr().out
+    (row,) = [
+        line.split() for line in printed.splitlines() if line.startswith("generated  ") and "━" not in line
+    ]
+    assert row[1:6] == [
+        str(results["benchmarks"]["generated"]["examples"]),
+        "1.000",
+        "1.000",
+        "1.000",
+        "0.000",
+    ]
+    for line in (
+        f"report  {run / 'report.html'}",
+        f"page    {run / first['image']}",
+        f"asked   {first['question']}",
+        f"model   {first['prediction']}",
+        f"answer  {first['answers'][0]}",
+    ):
+        assert line in printed.splitlines()
+
+
+def test_the_runs_config_says_what_to_score_by_default(command, run):
+    command(["--checkpoint", str(run / "checkpoints" / "90")])
+    assert results_of(run)["limit"] == results_of(run)["benchmarks"]["generated"]["examples"] == 9
+    assert results_of(run)["step"] == 90
+    command(["--checkpoint", str(run), "--limit", "5"])
+    assert results_of(run)["benchmarks"]["generated"]["examples"] == 5
+
+
+def test_an_exported_folder_and_another_output(command, tmp_path):
+    exported, output = tmp_path / "exported", tmp_path / "scores"
+    exported.mkdir()
+    arguments = ["--checkpoint", str(exported), "--benchmarks", "generated", "--limit", "5"]
+    command([*arguments, "--output", str(output), "--seed", "1"])
+    assert not list(exported.iterdir())
+    assert results_of(output)["step"] is None and results_of(output)["seed"] == 1
+    assert results_of(output)["benchmarks"]["generated"]["anls"] == 0.0  # other pages than the model knows
+    assert (output / "report.html").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--checkpoint", "{run}/none"], "no folder {run}/none"),
+        (["--checkpoint", "{run}/checkpoints/90", "--limit", "0"], "--limit 0: expected at least 1"),
+        (["--checkpoint", "{run}", "--benchmarks", "generatd"], "did you mean 'generated'"),
+        (["--checkpoint", "{run}", "--benchmarks", "sroie"], "add --data sroie=DIR"),
+        (["--checkpoint", "{run}/checkpoints"], "which benchmarks? --benchmarks takes generated, "),
+    ],
+)
+def test_errors_are_one_line(command, run, capsys, arguments, message):
+    with pytest.raises(SystemExit) as stop:
+        command([argument.format(run=run) for argument in arguments])
+    assert stop.value.code in (1, 2)
+    assert message.format(run=run) in capsys.readouterr().err

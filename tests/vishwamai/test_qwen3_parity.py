@@ -1,0 +1,99 @@
+"""Our decoder against Transformers' Qwen3ForCausalLM: logits, loss and every gradient."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from parity import LOGITS, assert_close, assert_gradients, randomised, saved, text_config, torch, transformers
+
+from vishwamai import VishwamAI
+from vishwamai.data.batch import text_batch
+from vishwamai.training.losses import next_token_loss
+
+KINDS = {
+    "tied, 1:1": dict(tie_word_embeddings=True, num_key_value_heads=8),
+    "tied, 8:1": dict(tie_word_embeddings=True, num_key_value_heads=1),
+    "untied, 1:1": dict(tie_word_embeddings=False, num_key_value_heads=8),
+    "untied, 8:1": dict(tie_word_embeddings=False, num_key_value_heads=1),
+}
+
+
+@pytest.fixture(scope="module", params=KINDS.values(), ids=KINDS.keys())
+def pair(request, tmp_path_factory):
+    theirs = randomised(transformers.Qwen3ForCausalLM(text_config(**request.param)))
+    return theirs, VishwamAI.from_pretrained(saved(theirs, tmp_path_factory.mktemp("qwen3")))
+
+
+def tokens(rows, length, seed=0):
+    return np.random.default_rng(seed).integers(0, 199, (rows, length))
+
+
+def test_logits(pair):
+    theirs, ours = pair
+    ids = tokens(3, 37)
+    logits = ours(ids)
+    assert_close(logits, theirs(torch.tensor(ids)).logits)
+    assert np.abs(np.asarray(logits)).max() > 0.5  # not a comparison of zeros
+
+
+def test_logits_with_left_and_right_padding(pair):
+    theirs, ours = pair
+    ids, mask = tokens(3, 29), np.ones((3, 29), int)
+    mask[0, :11], mask[1, :28], mask[2, 17:] = 0, 0, 0
+    logits = theirs(torch.tensor(ids), attention_mask=torch.tensor(mask)).logits
+    got = np.asarray(ours(ids, mask))
+    assert np.isfinite(got).all()
+    assert_close(got[mask == 1], logits[torch.tensor(mask) == 1])
+
+
+def test_a_long_prompt(pair):
+    theirs, ours = pair
+    ids = tokens(1, 2000)
+    with torch.no_grad():
+        assert_close(ours(ids), theirs(torch.tensor(ids)).logits)
+
+
+def test_loss_and_gradients(pair):
+    theirs, ours = pair
+    ids, weights = tokens(2, 41), np.ones((2, 41), np.float32)
+    weights[0, 5:19] = 0  # a prompt
+    labels = torch.tensor(np.where(weights > 0, ids, -100))
+    theirs.zero_grad()
+    loss = theirs(torch.tensor(ids), labels=labels).loss
+    loss.backward()
+    batch = text_batch(ids)
+    batch = type(batch)(batch.tokens, batch.positions, batch.segment_ids, weights)
+
+    def mean_loss(parameters):
+        model = nnx.merge(ours.graph, parameters)
+        return next_token_loss(model, model.hidden_states(batch), batch, chunk=16)[0] / weights[:, 1:].sum()
+
+    value, gradients = jax.value_and_grad(mean_loss)(ours.parameters)
+    assert abs(float(value) - loss.item()) <= 1e-5
+    assert_gradients(gradients, theirs, ours.family.layout.rows(ours.config))
+
+
+def test_bfloat16_is_close(pair, tmp_path):
+    theirs, ours = pair
+    narrow = VishwamAI.from_pretrained(ours.folder, dtype="bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(narrow.parameters)} == {jnp.bfloat16}
+    ids = tokens(1, 16)
+    logits = narrow(ids)
+    assert logits.dtype == jnp.float32
+    assert LOGITS < np.abs(np.asarray(logits) - np.asarray(ours(ids))).max() < 0.3
+
+
+def test_takes_jax_arrays_and_refuses_what_is_no_batch_of_ids(pair):
+    _, ours = pair
+    assert ours(jnp.ones((1, 4), jnp.int32)).shape == (1, 4, 199)
+    for wrong, message in [
+        (np.array([[3, 199]]), r"holds 199; the vocabulary's ids are 0 to 198"),
+        (np.array([[-1, 3]]), r"holds -1"),
+        (np.array([3, 4]), r"shape B T, found int64 \(2,\)"),
+        (np.array([[0.5]]), r"integers of shape B T, found float64"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            ours(wrong)
+    with pytest.raises(ValueError, match=r"attention_mask has shape \(1, 3\)"):
+        ours(np.ones((1, 4), int), np.ones((1, 3), int))

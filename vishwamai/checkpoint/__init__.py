@@ -1,0 +1,16 @@
+"""Checkpoints: one array per layer on disk, committed whole or not at all, restored onto any mesh.
+
+Orbax's `CheckpointManager` (the v0 API, which v1's `Checkpointer` itself stands on in 0.12) with `StandardSave` items:
+`parameters` and `optimizer`, each a flat {name: array}, and `about` (JSON: format version, step, data position).
+"""
+
+from vishwamai.checkpoint.store import (
+    CheckpointError,
+    Checkpoints,
+    latest_step,
+    load_parameters,
+    save_parameters,
+    steps,
+)
+
+__all__ = ["CheckpointError", "Checkpoints", "latest_step", "load_parameters", "save_parameters", "steps"]

@@ -1,0 +1,80 @@
+"""Stacked layers <-> one array per layer: what stands on disk does not depend on what was scanned."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+
+def unstack(tree: Any) -> dict[str, Any]:
+    """{"language_model.layers.3.self_attn.q_proj.kernel": array} of a tree of arrays and nnx variables.
+
+    A stack is known by having one dimension more than its variable has logical axes.
+    """
+    arrays = {}
+    for parts, leaf in _leaves(tree):
+        names, value = _names(parts, leaf), _value(leaf)
+        arrays |= {names[0]: value} if not _layers(leaf) else {name: value[i] for i, name in enumerate(names)}
+    return arrays
+
+
+def stack(arrays: Mapping[str, Any], like: Any) -> Any:
+    """The tree shaped like `like` (arrays or abstract) whose `unstack` is `arrays`."""
+
+    def one(path, leaf):
+        names = _names(_parts(path), leaf)
+        found = jnp.stack([arrays[name] for name in names]) if _layers(leaf) else arrays[names[0]]
+        return leaf.replace(found) if isinstance(leaf, nnx.Variable) else found
+
+    return jax.tree_util.tree_map_with_path(one, like, is_leaf=_is_variable)
+
+
+def unstacked_shardings(abstract: Any, shardings: Any) -> dict[str, NamedSharding]:
+    """The sharding of every array of `unstack(abstract)`, from that of the stack it is part of."""
+    flat = {}
+    placed = jax.tree.leaves(shardings, is_leaf=_is_variable)
+    for (parts, leaf), sharding in zip(_leaves(abstract), placed, strict=True):
+        sharding = _value(sharding)
+        if _layers(leaf):
+            sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+        flat |= dict.fromkeys(_names(parts, leaf), sharding)
+    return flat
+
+
+def _is_variable(node: Any) -> bool:
+    return isinstance(node, nnx.Variable)
+
+
+def _value(leaf: Any) -> Any:
+    return leaf.get_value() if _is_variable(leaf) else leaf
+
+
+def _layers(leaf: Any) -> int:
+    """How many layers a leaf stacks; 0 for a single array."""
+    if not _is_variable(leaf):
+        return 0
+    shape = leaf.get_value().shape
+    return shape[0] if len(shape) > len(leaf.axes) else 0
+
+
+def _leaves(tree: Any) -> Iterator[tuple[list[str], Any]]:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_variable):
+        yield _parts(path), leaf
+
+
+def _parts(path: tuple) -> list[str]:
+    return [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path]
+
+
+def _names(parts: list[str], leaf: Any) -> list[str]:
+    layers = _layers(leaf)
+    if not layers:
+        return [".".join(parts)]
+    # A stack of layers lies under a name that says so: `layers`, `unused_layers`.
+    at = max((i for i, part in enumerate(parts) if part.endswith("layers")), default=None)
+    if at is None:
+        raise ValueError(f"{'.'.join(parts)} is stacked, but no part of its name ends with 'layers'")
+    return [".".join([*parts[: at + 1], str(i), *parts[at + 1 :]]) for i in range(layers)]

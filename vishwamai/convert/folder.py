@@ -1,0 +1,34 @@
+"""Folders that are written whole or not at all."""
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from vishwamai.config import ConfigError
+
+CARRIED = "source"  # what a converted folder keeps of the checkpoint it was made from
+NAMES = "names.json"  # in there: the spelling of the weights' names, and tied weights that were held twice
+
+
+@contextlib.contextmanager
+def fresh_folder(destination: str | Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `destination` at the end; nothing is left behind when something fails.
+
+    Raises ConfigError if there is something at `destination` already, or the disk is full.
+    """
+    destination = Path(destination)
+    if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
+        raise ConfigError(f"{destination} exists and is not empty: choose another folder, or remove it first")
+    partial = destination.absolute().with_name(f".{destination.absolute().name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        if destination.exists():
+            destination.rmdir()
+        partial.rename(destination)
+    except OSError as error:
+        raise ConfigError(f"{destination} could not be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

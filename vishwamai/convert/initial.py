@@ -1,0 +1,92 @@
+"""`init_from`: weights that a training run starts from, of the whole model or of its parts."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from vishwamai.config import Config, ConfigError, differences
+from vishwamai.convert.layout import Row
+from vishwamai.convert.parameters import abstract_parameters, read_parameters
+from vishwamai.convert.source import Published, Run, open_source
+from vishwamai.families import Family
+
+log = logging.getLogger(__name__)
+
+Source = Published | Run
+# Changing these keeps every weight's shape and meaning: a run may well do so.
+_FREE = {"max_position_embeddings", "initializer_range", "image_token_id", "image_mask", "vision_feature_layer", "pooling"}
+
+
+def load_parameters(source: str | Path | Mapping[str, str], family: Family, config: Config) -> nnx.State:
+    """Float32 parameters for a model of `family` with `config`.
+
+    `source` is a run, one of its checkpoints, a Hugging Face folder or id; or {part: such a place}, where a part is a
+    prefix of parameter paths that the family names (`language_model`, `vision_tower`) or any first part of a path
+    when the place holds a model of the same family. With parts, the state holds those parts only.
+
+    Raises:
+        ConfigError: a part that the model doesn't have, weights of another model, or of one with another config.
+    """
+    abstract = abstract_parameters(family.build, config)
+    if not isinstance(source, Mapping):
+        opened = open_source(source)
+        _same_family(opened, family.name, "init_from")
+        _same_architecture(opened, config, "init_from")
+        return nnx.from_flat_state(_read(opened, family.layout.rows(config), abstract))
+    found = []
+    for part, place in source.items():
+        found += _load_part(part, open_source(place), family, config, abstract)
+    return nnx.from_flat_state(found)
+
+
+def _load_part(part: str, opened: Source, family: Family, config: Config, abstract: nnx.State) -> list:
+    where, prefix = f"init_from.{part}", f"{part}."
+    rows = [row for row in family.layout.rows(config) if row.ours[0].startswith(prefix)]
+    if not rows:
+        parts = sorted({row.ours[0].split(".")[0] for row in family.layout.rows(config)})
+        raise ConfigError(f"{where}: a {family.name} has no such part; its parts: {', '.join(parts)}")
+    if opened.family.name == family.name:
+        return _read(opened, rows, abstract)
+    if part not in family.layout.parts:
+        raise ConfigError(f"{where}: {opened.folder} holds a {opened.family.name}, expected a {family.name}")
+    _same_family(opened, family.layout.parts[part], where)
+    _same_architecture(opened, _part_config(config, opened), where)
+    inner = [
+        dataclasses.replace(row, theirs=row.theirs.removeprefix(prefix), ours=row.ours) for row in rows
+    ]
+    return _read(opened, inner, abstract)
+
+
+def _read(opened: Source, rows: list[Row], abstract: nnx.State) -> list:
+    return read_parameters(opened.tensors, rows, abstract, np.dtype(np.float32))
+
+
+def _part_config(config: Config, opened: Source) -> Any:
+    """The section of a config that describes the part."""
+    kind = opened.family.model_config
+    return next(value for value in vars(config).values() if isinstance(value, kind))
+
+
+def _same_family(opened: Source, name: str, where: str) -> None:
+    if opened.family.name != name:
+        raise ConfigError(f"{where}: {opened.folder} holds a {opened.family.name}, expected a {name}")
+
+
+def _same_architecture(opened: Source, config: Config, where: str) -> None:
+    """Raises ConfigError where the weights were made for another config; sizes and constants alike."""
+    theirs, ours = opened.config.model_dump(mode="json"), config.model_dump(mode="json")
+    keys = [key for key in differences(theirs, ours) if key.split(".")[-1] not in _FREE]
+    if keys:
+        lines = [f"  {key}: the weights have {_at(theirs, key)}, the config says {_at(ours, key)}" for key in keys]
+        raise ConfigError(f"{where}: {opened.folder} is of another architecture than the config:\n" + "\n".join(lines))
+
+
+def _at(tree: Any, key: str) -> Any:
+    for name in key.split("."):
+        tree = tree[name]
+    return tree

@@ -1,0 +1,163 @@
+"""Where weights come from: a run, one of its checkpoints, a Hugging Face folder, or a hub id."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from vishwamai import families
+from vishwamai.checkpoint import latest_step
+from vishwamai.checkpoint.arrays import load_arrays
+from vishwamai.config import ConfigError, read_yaml, validate
+from vishwamai.convert.layout import Naming
+from vishwamai.convert.parameters import (
+    Tensors,
+    abstract_parameters,
+    exported_tensors,
+    layer_name,
+    published_tensors,
+    read_parameters,
+    repeated,
+    state_path,
+)
+from vishwamai.convert.weights import Weights
+from vishwamai.families import Family
+
+_HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model", "*.md", "LICENSE*")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder with the weights of a known family, opened but not read."""
+
+    folder: Path
+    family: Family
+    config: Any
+
+    @cached_property
+    def abstract(self) -> nnx.State:
+        return abstract_parameters(self.family.build, self.config)
+
+
+@dataclass(frozen=True)
+class Published(Source):
+    """A Hugging Face folder."""
+
+    json: Mapping[str, Any]  # its config.json
+
+    @cached_property
+    def weights(self) -> Weights:
+        return Weights(self.folder)
+
+    @cached_property
+    def naming(self) -> Naming:
+        return self.family.layout.naming_of(self.config, self.weights)
+
+    @cached_property
+    def tensors(self) -> Tensors:
+        return published_tensors(self.weights, self.family.layout, self.config, self.naming)
+
+    def repeated(self) -> dict[str, str]:
+        return repeated(self.weights, self.family.layout, self.config, self.naming)
+
+    def parameters(self, dtype: str | None = None) -> nnx.State:
+        """All parameters as NumPy arrays, in `dtype` or the file's."""
+        rows = self.family.layout.rows(self.config)
+        return nnx.from_flat_state(read_parameters(self.tensors, rows, self.abstract, dtype))
+
+
+@dataclass(frozen=True)
+class Run(Source):
+    """A training run (or what `convert from-hf` wrote) at one of its checkpoints."""
+
+    step: int
+
+    @cached_property
+    def _arrays(self) -> dict[str, jax.Array]:
+        return load_arrays(self.folder, self.step, self.abstract)
+
+    @cached_property
+    def tensors(self) -> Tensors:
+        def fetch(ours: str, layer: int | None) -> np.ndarray:
+            return np.asarray(self._arrays[layer_name(ours, layer)])
+
+        return exported_tensors(str(self.folder), self.family.layout.rows(self.config), fetch)
+
+    def parameters(self, dtype: str | None = None) -> nnx.State:
+        """All parameters as NumPy arrays, in `dtype` or as they were saved."""
+        arrays = load_arrays(self.folder, self.step, self.abstract)
+        flat = dict(nnx.to_flat_state(self.abstract))
+        found = []
+        for row in self.family.layout.rows(self.config):
+            for ours in row.ours:
+                # Taken out as they are stacked: the model is never in memory twice.
+                parts = [np.asarray(arrays.pop(layer_name(ours, layer)), dtype) for layer, _ in row.pairs()]
+                array = parts[0] if row.layers is None else np.stack(parts)
+                found.append((state_path(ours), flat[state_path(ours)].replace(array)))
+        return nnx.from_flat_state(found)
+
+
+def open_source(place: str | Path) -> Published | Run:
+    """Opens a run, `RUN/checkpoints/STEP`, a Hugging Face folder or a hub id.
+
+    Raises:
+        ConfigError: nothing there, an architecture that no family reads, a config that our models can't compute, or
+            a hub that can't be reached.
+    """
+    folder = Path(place) if Path(place).is_dir() else download(str(place))
+    if folder.parent.name == "checkpoints" and folder.name.isdigit():
+        return _open_run(folder.parent.parent, int(folder.name))
+    if (folder / "config.json").is_file():
+        return _open_published(folder)
+    if (folder / "config.yaml").is_file():
+        return _open_run(folder, None)
+    raise ConfigError(f"{folder} is neither a run (config.yaml) nor a Hugging Face folder (config.json)")
+
+
+def _open_run(folder: Path, step: int | None) -> Run:
+    tree = read_yaml(folder / "config.yaml")
+    if "family" not in tree or "model" not in tree:
+        raise ConfigError(f"{folder / 'config.yaml'} has no `family` or no `model`: it is no run's config")
+    family = families.get(str(tree["family"]))
+    config = validate(family.model_config, tree["model"], f"{folder / 'config.yaml'}, model")
+    return Run(folder, family, config, latest_step(folder) if step is None else step)
+
+
+def _open_published(folder: Path) -> Published:
+    try:
+        source = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{folder / 'config.json'} is not valid JSON: {error}") from None
+    if not isinstance(source, dict) or not source.get("architectures"):
+        raise ConfigError(f"{folder / 'config.json'} names no `architectures`: which model is it?")
+    family = families.for_architecture(source["architectures"][0])
+    if "quantization_config" in source:
+        raise ConfigError(f"{folder} holds quantised weights: take the checkpoint that they were made from")
+    return Published(folder, family, family.layout.read_config(source, str(folder / "config.json")), source)
+
+
+def download(place: str) -> Path:
+    """A folder with the files of a hub id (`owner/name`). Raises ConfigError where that can't be had."""
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", place) or place.startswith("."):
+        raise ConfigError(f"no folder {place}, and it is no Hugging Face id (owner/name) either")
+    import huggingface_hub  # only needed for a download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    try:
+        return Path(huggingface_hub.snapshot_download(place, allow_patterns=_HUB_FILES))
+    except GatedRepoError:
+        raise ConfigError(f"{place} asks for consent at the Hugging Face hub: log in there first (`hf auth login`)") from None
+    except RepositoryNotFoundError:
+        raise ConfigError(f"there is no folder {place}, and no model of that name at the Hugging Face hub") from None
+    except Exception as error:  # the hub's client raises errors of several HTTP libraries
+        raise ConfigError(
+            f"there is no folder {place}, and the Hugging Face hub can't be reached for a model of that name "
+            f"({type(error).__name__}: {str(error).splitlines()[0]}): check the path, or the network"
+        ) from None

@@ -1,0 +1,117 @@
+"""`vishwamai convert to-hf SRC DST`: a run as a folder that Transformers opens."""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vishwamai import experiment
+from vishwamai.config import ConfigError, read_yaml
+from vishwamai.convert.folder import CARRIED, NAMES, fresh_folder
+from vishwamai.convert.source import Run, open_source
+from vishwamai.convert.weights import SHARD_BYTES, ShardWriter
+from vishwamai.tokenizer import VishwamAITokenizer
+
+
+def to_hf(source: str | Path, destination: str | Path, shard_bytes: int = SHARD_BYTES) -> Run:
+    """Writes a run (or one of its checkpoints) as safetensors with everything that Transformers wants beside them.
+
+    Of a run that came from Hugging Face the source's own files and names are kept; what the run changed is updated in
+    its config.json. Returns what was read.
+
+    Raises:
+        ConfigError: a config with parts that no Transformers class computes, `destination` is not empty, or the
+            source can't be read (see `open_source`).
+    """
+    opened = open_source(source)
+    if not isinstance(opened, Run):
+        raise ConfigError(f"{opened.folder} is a Hugging Face folder already, expected a run (config.yaml)")
+    layout = opened.family.layout
+    if parts := layout.unsupported(opened.config, _data(opened.folder)):
+        raise ConfigError(f"{opened.folder}: {layout.architectures[0]} does not compute\n  " + "\n  ".join(parts))
+    carried = opened.folder / CARRIED
+    names = _read_json(carried / NAMES) or {"naming": layout.namings[0].name, "repeated": {}}
+    naming, repeated = layout.naming(names["naming"]), names["repeated"]
+    with fresh_folder(destination) as folder:
+        if carried.is_dir():
+            _copy_files(carried, folder)
+        if (opened.folder / "tokenizer").is_dir():
+            _copy_files(opened.folder / "tokenizer", folder)
+        copies = {original: copy for copy, original in repeated.items()}
+        spelled = [naming.spell(name) for name in opened.tensors]
+        writer = ShardWriter(folder, [*spelled, *copies.values()], shard_bytes)
+        dtypes = set()
+        for name, tensor in opened.tensors.items():
+            dtypes.add(str(tensor.dtype))
+            writer.write(naming.spell(name), tensor)
+            if naming.spell(name) in copies:
+                writer.write(copies[naming.spell(name)], tensor)
+        writer.close()
+        _write_json(folder / "config.json", _config(opened, _read_json(carried / "config.json"), dtypes))
+        if not carried.is_dir():
+            _write_companions(opened, folder)
+    return opened
+
+
+def _data(folder: Path):
+    """A run's data section; None in a folder that was only converted."""
+    path = folder / "config.yaml"
+    return experiment.load(path).data if "data" in read_yaml(path) else None
+
+
+def _config(opened: Run, source: dict[str, Any] | None, dtypes: set[str]) -> dict[str, Any]:
+    """The source's config.json, changed only where the run's model or types differ from it."""
+    layout = opened.family.layout
+    written = layout.write_config(opened.config)
+    if source is None or source["architectures"] != written["architectures"]:
+        source = {}
+    same = source and layout.read_config(source) == opened.config
+    config = source if same else _merged(source, written)
+    return _with_dtype(config, dtypes.pop()) if len(dtypes) == 1 else config
+
+
+def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """Transformers casts weights to the type that a config names, so it must be the one they have."""
+    named = {"dtype", "torch_dtype"} & set(config) or {"dtype"}
+    config = config | dict.fromkeys(sorted(named), dtype)
+    inner = {
+        key: _with_dtype(value, dtype)
+        for key, value in config.items()
+        if isinstance(value, Mapping) and {"dtype", "torch_dtype"} & set(value)
+    }
+    return config | inner
+
+
+def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    inner = {key: _merged(base[key], value) for key, value in changes.items() if _both_nested(base.get(key), value)}
+    return {**base, **changes, **inner}
+
+
+def _both_nested(a: Any, b: Any) -> bool:
+    return isinstance(a, Mapping) and isinstance(b, Mapping)
+
+
+def _write_companions(opened: Run, folder: Path) -> None:
+    tokenizer = VishwamAITokenizer.from_pretrained(opened.folder)
+    ids = {"eos_token_id": list(tokenizer.eos_token_ids), "pad_token_id": tokenizer.pad_id, "bos_token_id": tokenizer.bos_id}
+    known = {key: value for key, value in ids.items() if value not in (None, [])}
+    _write_json(folder / "generation_config.json", known)
+    for name, content in opened.family.layout.companions(opened.config, tokenizer).items():
+        _write_json(folder / name, content)
+
+
+def _copy_files(source: Path, folder: Path) -> None:
+    for path in source.iterdir():
+        if path.is_file() and path.name != NAMES:
+            shutil.copyfile(path, folder / path.name)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes content; a file that says the same already stays as it is, byte for byte."""
+    if _read_json(path) != content:
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

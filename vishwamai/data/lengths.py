@@ -1,0 +1,58 @@
+"""How long every example of a pool is, counted once and kept."""
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int32
+
+from vishwamai.data.sources import Record, Records
+from vishwamai.tokenizer import TOKENIZER_FILES, VishwamAITokenizer
+
+# Part of every key: raise it when the same file, tokenizer and image size come to have other lengths.
+_FORMAT = 1
+
+logger = logging.getLogger(__name__)
+
+
+def length_index(
+    records: Records, measure: Callable[[Record], tuple[int, int]], tokenizer: VishwamAITokenizer, key: Any
+) -> Int32[np.ndarray, "N 2"]:
+    """(tokens, patches) of every record; `key` is what else `measure` depends on.
+
+    Kept in `$XDG_CACHE_HOME/vishwamai/lengths` under a hash of the files (path, size, time), tokenizer and key.
+    Raises what `measure` raises.
+    """
+    parts = json.dumps([_FORMAT, records.fingerprint, _tokenizer_hash(tokenizer), key])
+    path = _folder() / f"{hashlib.sha256(parts.encode()).hexdigest()[:32]}.npy"
+    if path.is_file():
+        return np.load(path)
+    logger.info("counting the tokens of %s examples", len(records))
+    lengths = np.asarray([measure(record) for record in records], np.int32)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # Renamed into place: a run that is killed, or one beside it, never sees half a file.
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
+            np.save(file, lengths)
+        os.replace(file.name, path)
+    except OSError as error:
+        logger.warning("token counts are not kept for the next run: %s", error)
+    return lengths
+
+
+def _folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vishwamai" / "lengths"
+
+
+def _tokenizer_hash(tokenizer: VishwamAITokenizer) -> str:
+    digest = hashlib.sha256()
+    for pattern in TOKENIZER_FILES:
+        for path in sorted(tokenizer.folder.glob(pattern)):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()

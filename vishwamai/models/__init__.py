@@ -1,0 +1,1 @@
+"""Models: nnx modules that hold parameters and say what the maths is."""

@@ -1,0 +1,96 @@
+"""The small layers that every model is made of. A parameter is declared once: shape, logical axes, how it starts."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.nn import initializers
+from jaxtyping import Array, Float, Int
+
+Init = initializers.Initializer
+Axes = tuple[str | None, ...]
+
+
+class Carried(nnx.Variable):
+    """A weight that is kept for export but not run, not trained and not in the optimizer."""
+
+
+def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: Axes, init: Init, kind=nnx.Param) -> nnx.Variable:
+    """A float32 parameter whose dimensions carry the logical names `axes` (see parallel.sharding)."""
+    if len(axes) != len(shape):
+        raise ValueError(f"shape {shape} has {len(shape)} dimensions, axes {axes} name {len(axes)}")
+    return kind(init(rngs.params(), shape, jnp.float32), axes=axes)
+
+
+class Linear(nnx.Module):
+    """x @ kernel + bias, computed in x's dtype; kernel is [in, out]."""
+
+    def __init__(
+        self, features_in: int, features_out: int, axes: Axes, *, rngs: nnx.Rngs, init: Init, bias: bool = False,
+        kind=nnx.Param,
+    ):  # fmt: skip
+        self.kernel = parameter(rngs, (features_in, features_out), axes, init, kind)
+        if bias:
+            self.bias = parameter(rngs, (features_out,), axes[1:], initializers.zeros, kind)
+
+    def __call__(self, x: Float[Array, "... I"]) -> Float[Array, "... O"]:
+        y = x @ self.kernel[...].astype(x.dtype)
+        return y + self.bias[...].astype(x.dtype) if hasattr(self, "bias") else y
+
+
+class Embedding(nnx.Module):
+    """A table of vectors, [rows, D]."""
+
+    def __init__(self, rows: int, features: int, axes: Axes, *, rngs: nnx.Rngs, init: Init):
+        self.embedding = parameter(rngs, (rows, features), axes, init)
+
+    def __call__(self, index: Int[Array, "..."], dtype: jnp.dtype) -> Float[Array, "... D"]:
+        return jnp.take(self.embedding[...].astype(dtype), index, axis=0)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * scale (Zhang & Sennrich 2019), statistics in float32."""
+
+    def __init__(self, features: int, eps: float, *, rngs: nnx.Rngs, axis: str = "norm"):
+        self.scale = parameter(rngs, (features,), (axis,), initializers.ones)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return wide.astype(x.dtype) * self.scale[...].astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean) / std * scale + bias (Ba et al. 2016), statistics in float32."""
+
+    def __init__(self, features: int, eps: float, *, rngs: nnx.Rngs, kind=nnx.Param):
+        self.scale = parameter(rngs, (features,), ("norm",), initializers.ones, kind)
+        self.bias = parameter(rngs, (features,), ("norm",), initializers.zeros, kind)
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+        wide = x.astype(jnp.float32)
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        return (wide * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+def stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -> nnx.Module:
+    """`layers` copies of a module with every parameter stacked on a new first axis, each copy with its own seed."""
+    return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.fork(split=layers))
+
+
+def scan(layers: nnx.Module, body: Callable, carry, inputs=None, checkpoint: Callable | None = None):
+    """Runs `body(layer, carry, input) -> (carry, output)` over stacked layers; compile time does not grow with depth.
+
+    `checkpoint` wraps the body (jax.checkpoint with a policy). Returns (carry, stacked outputs).
+    """
+    graph, state = nnx.split(layers)
+
+    def step(carry, scanned):
+        layer_state, given = scanned
+        return body(nnx.merge(graph, layer_state), carry, given)
+
+    return jax.lax.scan(checkpoint(step) if checkpoint else step, carry, (state, inputs))

@@ -1,0 +1,79 @@
+"""Logical axes -> mesh axes, in one table. A change of parallelism is a change of config, never of a model."""
+
+import logging
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+log = logging.getLogger(__name__)
+
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    "rows": ("data", "fsdp"),  # every batch array and activation
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "norm": None,
+    "patch": None,
+}
+
+
+def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """The PartitionSpec of an array; a leading stacked layer dimension without a name is never split.
+
+    A dimension that its mesh axes don't divide is left whole, and said so in the log.
+    """
+    axes = (None,) * (len(shape) - len(axes)) + tuple(axes)
+    entries = []
+    for name, size in zip(axes, shape, strict=True):
+        target = RULES[name] if name is not None else None
+        ways = _ways(target, mesh)
+        if ways > 1 and size % ways:
+            log.warning("a dimension %r of size %d is not split: %d devices do not divide it", name, size, ways)
+            target = None
+        entries.append(target)
+    return PartitionSpec(*entries)
+
+
+def parameter_shardings(state: nnx.State, mesh: Mesh) -> nnx.State:
+    """A tree of NamedSharding shaped like `state` (arrays or abstract), from each parameter's logical axes."""
+
+    def one(variable: nnx.Variable):
+        value = variable.get_value()
+        return variable.replace(NamedSharding(mesh, spec(variable.axes, value.shape, mesh)))
+
+    return jax.tree.map(one, state, is_leaf=lambda node: isinstance(node, nnx.Variable))
+
+
+def row_sharding(mesh: Mesh) -> NamedSharding:
+    """How a batch lies on the mesh: rows over data and fsdp, everything else whole."""
+    return NamedSharding(mesh, PartitionSpec(RULES["rows"]))
+
+
+def row_shares(mesh: Mesh) -> int:
+    """Into how many parts the rows of a batch are split."""
+    return _ways(RULES["rows"], mesh)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pins an activation's layout by logical axes; without a mesh in context it changes nothing."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    entries = [RULES[name] if name is not None else None for name in axes]
+    # A dimension that can't be split evenly (a batch of one at inference) is left to the compiler.
+    entries = [
+        entry if entry is None or size % _ways(entry, mesh) == 0 else None
+        for entry, size in zip(entries, x.shape, strict=True)
+    ]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
+
+
+def _ways(target: str | tuple[str, ...] | None, mesh) -> int:
+    names = (target,) if isinstance(target, str) else target or ()
+    ways = 1
+    for name in names:
+        ways *= mesh.shape[name]
+    return ways

@@ -1,0 +1,1 @@
+"""Training: a pure step (state, batch) -> (state, metrics), and the loop around it."""

@@ -1,0 +1,54 @@
+"""Next-token loss over packed rows; logits exist only for a chunk of positions at a time."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from vishwamai.data.batch import Batch
+
+
+def loss_weights(batch: Batch) -> Float[Array, "B T"]:
+    """Weight of each prediction made AT a position (of the token after it); the last position predicts nothing."""
+    following = jnp.pad(batch.loss_weights[:, 1:], ((0, 0), (0, 1)))
+    same_example = jnp.pad(batch.segment_ids[:, 1:] == batch.segment_ids[:, :-1], ((0, 0), (0, 1)))
+    return jnp.where(same_example & (batch.segment_ids > 0), following, 0.0)
+
+
+def next_token_loss(
+    model: nnx.Module, hidden: Float[Array, "B T D"], batch: Batch, *, z_loss: float = 0.0, chunk: int = 512
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """Summed weighted cross-entropy (not divided: the caller knows the weight of the whole batch) and metric sums.
+
+    `model.unembed` is applied to `chunk` positions of every row at a time and again in the backward pass. `z_loss`
+    adds z_loss * log(Z)^2 per weighted token (Chowdhery et al. 2022). Returns (loss sum, {name: sum}).
+    """
+    targets = jnp.pad(batch.tokens[:, 1:], ((0, 0), (0, 1)))
+    weights = loss_weights(batch)
+
+    def one_chunk(totals, chunk_inputs):
+        x, target, weight = chunk_inputs
+        logits = model.unembed(x)
+        log_z = jax.nn.logsumexp(logits, axis=-1)
+        picked = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+        cross_entropy = jnp.sum((log_z - picked) * weight)
+        penalty = z_loss * jnp.sum(log_z**2 * weight)
+        hits = jnp.sum((jnp.argmax(logits, axis=-1) == target) * weight)
+        return {
+            "loss": totals["loss"] + cross_entropy,
+            "z_loss": totals["z_loss"] + penalty,
+            "hits": totals["hits"] + hits,
+        }, None
+
+    length = hidden.shape[1]
+    chunk = min(chunk, length)
+    padding = -length % chunk
+
+    def split(x):
+        x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
+
+    zero = jnp.zeros((), jnp.float32)
+    start = {"loss": zero, "z_loss": zero, "hits": zero}
+    totals, _ = jax.lax.scan(jax.checkpoint(one_chunk), start, (split(hidden), split(targets), split(weights)))
+    return totals["loss"] + totals["z_loss"], totals

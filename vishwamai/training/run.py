@@ -1,0 +1,88 @@
+"""The folder of a run: its resolved config, its tokenizer, and whether it may be resumed."""
+
+import os
+from pathlib import Path
+
+from flax import nnx
+
+from vishwamai import checkpoint
+from vishwamai import experiment as experiments
+from vishwamai.config import ConfigError, differences, dump_yaml, read_yaml
+from vishwamai.convert.initial import load_parameters
+from vishwamai.experiment import RESUMABLE, Experiment
+from vishwamai.families import Family
+from vishwamai.tokenizer import VishwamAITokenizer
+from vishwamai.training.step import Trainer, TrainState
+
+CONFIG = "config.yaml"
+TOKENIZER = "tokenizer"
+
+
+def saved_step(experiment: Experiment) -> int:
+    """How many steps the run in `run_dir` has done and saved; 0 for a new one.
+
+    Raises ConfigError listing the keys that differ from the config it was started with, where they may not.
+    """
+    folder = Path(experiment.run_dir)
+    steps = checkpoint.steps(folder)
+    if not steps:
+        return 0
+    saved = load_config(folder)
+    old, new = saved.model_dump(mode="json"), experiment.model_dump(mode="json")
+    changed = [key for key in differences(old, new) if not key.startswith(RESUMABLE)]
+    if changed:
+        lines = "\n".join(f"  {key}: {_at(old, key)!r} -> {_at(new, key)!r}" for key in changed)
+        raise ConfigError(
+            f"{folder} was started with another config:\n{lines}\n"
+            "Set these back to resume it, or name another run_dir to start a new run"
+        )
+    return max(steps)
+
+
+def create_run(experiment: Experiment, tokenizer: VishwamAITokenizer) -> None:
+    """Writes the resolved config and, into a new run, the tokenizer's files as they are."""
+    folder = Path(experiment.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    own, unfinished = folder / TOKENIZER, folder / f".{TOKENIZER}"
+    if not own.is_dir():
+        tokenizer.save_pretrained(unfinished)
+        unfinished.rename(own)
+    write_text(folder / CONFIG, dump_yaml(experiment))
+
+
+def initial_state(trainer: Trainer, experiment: Experiment, family: Family) -> TrainState:
+    """What a new run starts from: random weights by the seed, and those that `init_from` names in their place."""
+    if experiment.init_from is None:
+        return trainer.initial()
+    given = nnx.to_flat_state(load_parameters(experiment.init_from, family, experiment.model))
+    parameters = dict(nnx.to_flat_state(trainer.initial().parameters)) | dict(given)
+    return trainer.from_parameters(nnx.from_flat_state(list(parameters.items())))
+
+
+def load_config(run_dir: str | Path) -> Experiment:
+    """The resolved config of a run. Raises ConfigError where there is none."""
+    path = Path(run_dir) / CONFIG
+    return experiments.parse(read_yaml(path), str(path))
+
+
+def open_tokenizer(experiment: Experiment) -> VishwamAITokenizer:
+    """The tokenizer that a run uses: its own copy once it can be resumed, so that it reads on as it did."""
+    own = Path(experiment.run_dir) / TOKENIZER
+    resumed = own.is_dir() and checkpoint.steps(experiment.run_dir)
+    return VishwamAITokenizer.from_pretrained(own if resumed else experiment.tokenizer)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a file whole or not at all."""
+    unfinished = path.with_name(f".{path.name}")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    unfinished.replace(path)
+
+
+def _at(tree: dict, key: str):
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree

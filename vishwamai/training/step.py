@@ -1,0 +1,164 @@
+"""The train step: a pure function (state, batch) -> (state, metrics), jitted once with donated state."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from vishwamai.config import ConfigError
+from vishwamai.data.batch import Batch
+from vishwamai.experiment import Experiment
+from vishwamai.parallel.sharding import parameter_shardings, row_sharding, row_shares
+from vishwamai.training.losses import loss_weights, next_token_loss
+from vishwamai.training.optimizer import learning_rate, make_optimizer, partition
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """Everything that a step changes, and the frozen parameters that it reads.
+
+    `healthy` turns false at the first non-finite gradient and then holds the state still: `step` stays at the
+    number of good steps, so the batch that did it is the batch of that number, and nothing is poisoned.
+    """
+
+    step: jax.Array
+    healthy: jax.Array
+    trainable: nnx.State
+    frozen: nnx.State
+    optimizer: Any
+
+    @property
+    def parameters(self) -> nnx.State:
+        return nnx.merge_state(self.trainable, self.frozen)
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """The compiled pieces of an experiment on a mesh: `initial()`, `step(state, batch)`, `gradients(state, batch)`."""
+
+    graph: nnx.GraphDef
+    mesh: Mesh
+    abstract: TrainState
+    shardings: TrainState
+    initial: Callable[[], TrainState]
+    step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
+    gradients: Callable[[TrainState, Batch], tuple[nnx.State, dict[str, jax.Array]]]
+
+    def from_parameters(self, parameters: nnx.State) -> TrainState:
+        """A fresh state (step 0, empty optimizer) on the mesh around given parameters."""
+        return self._start(parameters)
+
+    _start: Callable[[nnx.State], TrainState]
+
+
+def make_trainer(experiment: Experiment, build: Callable[..., nnx.Module], mesh: Mesh) -> Trainer:
+    """Builds the trainer without allocating anything; `build(model_config, rngs=)` is the family's."""
+    training = experiment.training
+    shares = training.gradient_accumulation * row_shares(mesh)
+    if training.batch_size % shares:
+        raise ConfigError(
+            f"training.batch_size={training.batch_size} is not a multiple of {shares}: "
+            f"gradient_accumulation={training.gradient_accumulation} times {row_shares(mesh)} devices on data and fsdp"
+        )
+
+    def new_parameters() -> nnx.State:
+        return nnx.state(build(experiment.model, rngs=nnx.Rngs(experiment.seed)))
+
+    module = nnx.eval_shape(lambda: build(experiment.model, rngs=nnx.Rngs(0)))
+    graph, abstract_parameters = nnx.split(module)
+    trainable, frozen = partition(abstract_parameters, training.trainable)
+    optimizer = make_optimizer(experiment.optimizer, training.steps, trainable)
+    schedule = learning_rate(experiment.optimizer, training.steps)
+
+    def start(parameters: nnx.State) -> TrainState:
+        trainable, frozen = partition(parameters, training.trainable)
+        return TrainState(jnp.int32(0), jnp.bool_(True), trainable, frozen, optimizer.init(trainable))
+
+    def loss(trainable, frozen, batch: Batch, total_weight):
+        model = nnx.merge(graph, trainable, frozen)
+        hidden = model.hidden_states(batch, jnp.dtype(training.dtype.value), training.remat)
+        summed, sums = next_token_loss(model, hidden, batch, z_loss=training.z_loss, chunk=training.loss_chunk)
+        return summed / total_weight, sums
+
+    def gradients(state: TrainState, batch: Batch):
+        """Mean gradients over all weighted tokens of the batch, and metrics as (sum, count) pairs."""
+        total_weight = jnp.maximum(jnp.sum(loss_weights(batch)), 1.0)
+        value_and_gradient = jax.value_and_grad(loss, has_aux=True)
+
+        def one(micro_batch):
+            (_, sums), grads = value_and_gradient(state.trainable, state.frozen, micro_batch, total_weight)
+            return grads, sums
+
+        if training.gradient_accumulation == 1:
+            grads, sums = one(batch)
+        else:
+            micro_batches = jax.tree.map(lambda x: split_rows(x, training.gradient_accumulation), batch)
+            shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], micro_batches))
+            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            add = lambda total, micro_batch: (jax.tree.map(jnp.add, total, one(micro_batch)), None)  # noqa: E731
+            (grads, sums), _ = jax.lax.scan(add, zeros, micro_batches)
+        return grads, {
+            "loss": (sums["loss"], total_weight),
+            "z_loss": (sums["z_loss"], total_weight),
+            "accuracy": (sums["hits"], total_weight),
+        }
+
+    def step(state: TrainState, batch: Batch):
+        grads, metrics = gradients(state, batch)
+        norm = optax.global_norm(grads)
+        healthy = state.healthy & jnp.isfinite(norm)
+        updates, moments = optimizer.update(grads, state.optimizer, state.trainable)
+        moved = (optax.apply_updates(state.trainable, updates), moments)
+        kept = jax.tree.map(lambda new, old: jnp.where(healthy, new, old), moved, (state.trainable, state.optimizer))
+        metrics |= {"grad_norm": norm, "learning_rate": schedule(state.step), "healthy": healthy}
+        return TrainState(state.step + healthy, healthy, kept[0], state.frozen, kept[1]), metrics
+
+    abstract = jax.eval_shape(lambda: start(new_parameters()))
+    shardings = state_shardings(abstract, mesh)
+    rows, whole = row_sharding(mesh), NamedSharding(mesh, PartitionSpec())
+    in_mesh = lambda function, **options: _with_mesh(mesh, jax.jit(function, **options))  # noqa: E731
+    return Trainer(
+        graph=graph,
+        mesh=mesh,
+        abstract=abstract,
+        shardings=shardings,
+        initial=in_mesh(lambda: start(new_parameters()), out_shardings=shardings),
+        step=in_mesh(step, in_shardings=(shardings, rows), out_shardings=(shardings, whole), donate_argnums=0),
+        gradients=in_mesh(gradients, in_shardings=(shardings, rows)),
+        _start=in_mesh(start, out_shardings=shardings),
+    )
+
+
+def split_rows(x: jax.Array, parts: int) -> jax.Array:
+    """B ... -> parts B/parts ...; rows are dealt out so that every device keeps its own rows."""
+    return jnp.moveaxis(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 1, 0)
+
+
+def state_shardings(abstract: TrainState, mesh: Mesh) -> TrainState:
+    """Shardings of a whole state: moments lie as their parameters do, scalars are everywhere."""
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def place(node):
+        return parameter_shardings(node, mesh) if isinstance(node, nnx.State) else whole
+
+    return jax.tree.map(place, abstract, is_leaf=lambda node: isinstance(node, nnx.State))
+
+
+def _with_mesh(mesh: Mesh, function: Callable) -> Callable:
+    def call(*args):
+        with jax.set_mesh(mesh):
+            return function(*args)
+
+    call.lower = lambda *args: _lower(mesh, function, args)
+    return call
+
+
+def _lower(mesh: Mesh, function, args):
+    with jax.set_mesh(mesh):
+        return function.lower(*args)
