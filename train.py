@@ -18,6 +18,7 @@ from vishwamai import experiment as experiments
 from vishwamai import families
 from vishwamai.checkpoint import CheckpointError, Checkpoints
 from vishwamai.config import ConfigError
+from vishwamai.data.sources import DataError
 from vishwamai.parallel.mesh import make_mesh, simulate_cpu_devices
 from vishwamai.training.diagnose import NonFiniteGradients
 from vishwamai.training.loop import train
@@ -85,10 +86,12 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(format="%(message)s")
+    logging.basicConfig(format="%(message)s", force=True)
+    for package in ("vishwamai", "parsit_jax", "kernels"):
+        logging.getLogger(package).setLevel(logging.INFO)
     try:
         sys.exit(main(sys.argv[1:]))
     except ConfigError as error:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
-    except (NonFiniteGradients, CheckpointError, OSError) as error:
+    except (NonFiniteGradients, CheckpointError, DataError, OSError) as error:
         sys.exit(f"error: {error}")

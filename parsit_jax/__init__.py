@@ -1,4 +1,4 @@
-"""The document model: SigLIP -> projector -> Qwen3. Shape letters as in `vishwamai`; P patches, C patch features."""
+"""The document model: SigLIP -> projector -> Qwen3. Shape letters as in `vishwamai`."""
 
 import importlib
 

@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from parsit_jax.models.config import ParsitConfig, Pooling
+from parsit_jax.documents.patches import patchify
+from parsit_jax.models.config import ParsitConfig, Pooling, VisionConfig
 from vishwamai.data.batch import Batch, text_batch
 from vishwamai.pretrained import Pretrained, checked_ids
 
@@ -36,7 +37,7 @@ class Parsit(Pretrained):
         """
         ids = checked_ids(input_ids, self.config.text.vocab_size)
         batch = text_batch(ids, attention_mask)
-        if pixel_values is None:
+        if pixel_values is None or not len(pixel_values):
             if count := int((ids == self.config.image_token_id).sum()):
                 raise ValueError(f"input_ids holds {count} image tokens, but there are no pixel_values")
             return self.logits(batch)
@@ -44,10 +45,13 @@ class Parsit(Pretrained):
 
 
 def with_images(
-    batch: Batch, pixel_values: Float[np.ndarray, "I 3 height width"], config: ParsitConfig, any_size: bool = False
+    batch: Batch,
+    pixel_values: Float[np.ndarray, "I 3 height width"],
+    config: ParsitConfig,
+    any_size: bool = False,
 ) -> Batch:
     """The batch with normalised images dealt to its rows, as many as each row's image tokens ask for."""
-    patches, grid = patchify(pixel_values, config)
+    patches, grid = to_patches(pixel_values, config.vision)
     own = (config.vision.grid, config.vision.grid)
     if grid != own and not any_size:
         height, width = pixel_values.shape[2:]
@@ -68,30 +72,28 @@ def with_images(
     dealt = np.zeros((batch.rows, capacity, *patches.shape[1:]), patches.dtype)
     there = np.arange(capacity) < images[:, None]
     dealt[there] = patches
+    cell = np.stack(np.divmod(np.arange(cells, dtype=np.int32), grid[1]), axis=-1)
     segments = np.where(there, np.arange(1, capacity + 1), 0)
-    cell = np.stack(np.unravel_index(np.arange(cells), grid), axis=-1)
     return dataclasses.replace(
         batch,
         patches=dealt.reshape(batch.rows, -1, patches.shape[-1]),
         patch_segment_ids=np.repeat(segments, cells, axis=1).astype(np.int32),
-        patch_positions=np.tile(cell, (batch.rows, capacity, 1)).astype(np.int32),
+        patch_positions=np.tile(cell, (batch.rows, capacity, 1)),
         feature_index=np.where(marks, np.cumsum(marks, axis=1) - 1, -1).astype(np.int32),
         grid=grid,
     )
 
 
-def patchify(
-    pixel_values: Float[np.ndarray, "I 3 height width"], config: ParsitConfig
+def to_patches(
+    pixel_values: Float[np.ndarray, "I 3 height width"], config: VisionConfig
 ) -> tuple[Float[np.ndarray, "I P C"], tuple[int, int]]:
-    """Patches in row-major order, and their grid. Pixels beyond the last whole patch are dropped, as by SigLIP."""
-    channels, size = config.vision.num_channels, config.vision.patch_size
-    if pixel_values.ndim != 4 or pixel_values.shape[1] != channels or pixel_values.dtype == np.uint8:
+    """Patches of normalised images in row-major order, and their (rows, columns)."""
+    if pixel_values.ndim != 4 or pixel_values.shape[1] != config.num_channels or pixel_values.dtype.kind != "f":
         raise ValueError(
-            f"pixel_values must be normalised floats of shape (images, {channels}, height, width), found "
+            f"pixel_values must be normalised floats of shape (images, {config.num_channels}, height, width), found "
             f"{pixel_values.dtype} {pixel_values.shape}"
         )
-    count, _, height, width = pixel_values.shape
-    rows, columns = height // size, width // size
-    cut = pixel_values[:, :, : rows * size, : columns * size].astype(np.float32)
-    blocks = cut.reshape(count, channels, rows, size, columns, size).transpose(0, 2, 4, 1, 3, 5)
-    return blocks.reshape(count, rows * columns, channels * size * size), (rows, columns)
+    height, width = pixel_values.shape[2:]
+    images = pixel_values.astype(np.float32).transpose(0, 2, 3, 1)
+    grid = (height // config.patch_size, width // config.patch_size)
+    return np.stack([patchify(image, config.patch_size) for image in images]), grid

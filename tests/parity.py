@@ -8,7 +8,10 @@ torch = pytest.importorskip("torch", reason="parity needs PyTorch: pip install -
 transformers = pytest.importorskip("transformers", reason="parity needs Transformers: pip install -e .[torch]")
 
 LOGITS = 1e-4  # largest absolute difference
-GRADIENT, VANISHING = 1e-4, 1e-6  # largest difference, as a share of the tensor's and of the model's largest gradient
+GRADIENT, VANISHING = (
+    1e-4,
+    1e-6,
+)  # largest difference, as a share of the tensor's and of the model's largest gradient
 
 
 def text_config(**changes):
@@ -22,7 +25,9 @@ def text_config(**changes):
 def vision_config(**changes):
     """A SigLIP tower of 5 x 5 patches whose pixels the patches do not fill (as in so400m-patch14-384)."""
     sizes = dict(hidden_size=40, intermediate_size=56, num_hidden_layers=3, num_attention_heads=4)
-    return transformers.SiglipVisionConfig(**{**sizes, "image_size": 37, "patch_size": 7, "layer_norm_eps": 1e-5, **changes})
+    return transformers.SiglipVisionConfig(
+        **{**sizes, "image_size": 37, "patch_size": 7, "layer_norm_eps": 1e-5, **changes}
+    )
 
 
 def llava_config(text=None, vision=None, **changes):
@@ -60,7 +65,7 @@ def assert_close(ours, theirs, limit=LOGITS):
 
 
 def assert_gradients(ours: nnx.State, model, rows, spell=lambda name: name):
-    """Every gradient of ours against PyTorch's, by the name table; where PyTorch has none, ours must be zero or absent."""
+    """Every gradient against PyTorch's, by the name table; where PyTorch has none, ours must be zero or absent."""
     flat = {".".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(ours)}
     expected = {name: parameter.grad for name, parameter in model.named_parameters()}
     largest = max(float(grad.abs().max()) for grad in expected.values() if grad is not None)
@@ -70,7 +75,9 @@ def assert_gradients(ours: nnx.State, model, rows, spell=lambda name: name):
         for layer, theirs in row.pairs():
             grad = expected.pop(spell(theirs))
             if grad is None:
-                assert not any(np.any(flat[name]) for name in names if name in flat), f"{theirs} has a gradient here only"
+                assert not any(np.any(flat[name]) for name in names if name in flat), (
+                    f"{theirs} has a gradient here only"
+                )
                 continue
             compared.update(names)
             arrays = [np.asarray(flat[name] if layer is None else flat[name][layer]) for name in names]

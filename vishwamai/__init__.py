@@ -1,7 +1,7 @@
 """The text model, and everything that any model needs to be trained.
 
-Shape letters: B batch, T/S query/key length, D model, N heads, K kv heads, H head dim, F ff, V vocab, P patches, C patch
-features.
+Shape letters: B batch, T/S query/key length, D model, N heads, K kv heads, H head dim, F ff, V vocab, P patches,
+C patch features.
 """
 
 import importlib

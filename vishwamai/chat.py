@@ -36,9 +36,7 @@ __all__ = [
 
 # A turn of the assistant: what it learns to write is group 1, through the end of the turn. An empty think
 # block comes from the template, so it is read and not learned.
-_ASSISTANT_TURN = re.compile(
-    r"<\|im_start\|>assistant\n(?:<think>\n\n</think>\n\n)?(.*?<\|im_end\|>)", re.DOTALL
-)
+_ASSISTANT_TURN = re.compile(r"<\|im_start\|>assistant\n(?:<think>\n\n</think>\n\n)?(.*?<\|im_end\|>)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -51,12 +49,12 @@ class EncodedConversation:
         image_spans: for each image in order the half-open range of its image tokens.
     """
 
-    tokens: Int32[np.ndarray, "T"]
-    loss_mask: Bool[np.ndarray, "T"]
+    tokens: Int32[np.ndarray, " T"]
+    loss_mask: Bool[np.ndarray, " T"]
     image_spans: tuple[tuple[int, int], ...]
 
     @property
-    def feature_index(self) -> Int32[np.ndarray, "T"]:
+    def feature_index(self) -> Int32[np.ndarray, " T"]:
         """For image tokens the running number of the image feature that takes their place, -1 for text."""
         index = np.full(self.tokens.shape, -1, np.int32)
         feature = 0
@@ -90,9 +88,7 @@ def encode_conversation(
     """
     encoded = _encode(messages, tokenizer, image_tokens, **kwargs)
     if not any(message["role"] == "assistant" for message in messages):
-        raise ConversationError(
-            f"the conversation has no turn of the assistant to learn from: {roles(messages)}"
-        )
+        raise ConversationError(f"the conversation has no turn of the assistant to learn from: {roles(messages)}")
     if not encoded.loss_mask.any():
         raise ConversationError(
             f"the chat template in {tokenizer.folder} writes no turn of the form "

@@ -30,9 +30,7 @@ class ConversationError(ValueError):
     """A conversation that can't be rendered or learned from; the message says what and where."""
 
 
-def render(
-    messages: Sequence[Message], template: str, *, add_generation_prompt: bool = False, **kwargs: Any
-) -> str:
+def render(messages: Sequence[Message], template: str, *, add_generation_prompt: bool = False, **kwargs: Any) -> str:
     """The text of a conversation, as Transformers' `apply_chat_template(tokenize=False)` gives it.
 
     `kwargs` go to the template (Qwen3: `enable_thinking=False` for an answer without thoughts; others ask for
@@ -105,22 +103,18 @@ def _with_parts(messages: Sequence[Message]) -> list[tuple[Message, list[tuple[s
     for index, message in enumerate(messages):
         if not isinstance(message, Mapping) or message.get("role") not in ROLES:
             found = message.get("role") if isinstance(message, Mapping) else message
-            raise ConversationError(
-                f"message {index}: expected a role of {', '.join(ROLES)}, found {found!r:.100}"
-            )
+            raise ConversationError(f"message {index}: expected a role of {', '.join(ROLES)}, found {found!r:.100}")
         content = message.get("content")
         items = [{"type": "text", "text": content}] if isinstance(content, str) else content
         if not isinstance(items, list | tuple):
-            raise ConversationError(
-                f"message {index}: content is a text or a list of items, found {content!r:.100}"
-            )
+            raise ConversationError(f"message {index}: content is a text or a list of items, found {content!r:.100}")
         parts: list[tuple[str, bool]] = []
         for item in items:
             match item:
                 case {"type": "text", "text": str(text)}:
                     # Joined, so that no two of them spell a token between them.
                     if parts and not parts[-1][1]:
-                        pass
+                        text = parts.pop()[0] + text
                     parts.append((text, False))
                 case {"type": "image"}:
                     parts.append((IMAGE_MARKUP, True))
@@ -133,12 +127,13 @@ def _with_parts(messages: Sequence[Message]) -> list[tuple[Message, list[tuple[s
     return result
 
 
+@lru_cache(maxsize=64)
 def _escaped_pattern(role: str, tokenizer: VishwamAITokenizer) -> re.Pattern[str]:
     """Finds what may not become an added token in a message of `role`.
 
     Special tokens, whoever wrote them. From users and tools also all else that structures a conversation:
-    `<think>` and `<tool_call>` are the assistant's to write. Words and spaces among the added tokens (Gemma has
-    some) stay tokens.
+    `<think>` and `<tool_call>` are the assistant's to write. Words and spaces among the added tokens (Gemma
+    has some) stay tokens.
     """
     template = tokenizer.chat_template or ""
 
@@ -171,17 +166,13 @@ def _texts(value: Any) -> Iterator[str]:
             yield from (text for item in value for text in _texts(item))
 
 
-def _render(
-    messages: Sequence[Message], template: str, *, add_generation_prompt: bool = False, **kwargs: Any
-) -> str:
+def _render(messages: Sequence[Message], template: str, *, add_generation_prompt: bool = False, **kwargs: Any) -> str:
     # Templates may ask whether tools and documents are none, which what is undefined is not.
     variables = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt, **kwargs}
     try:
         return _compiled(template).render(messages=messages, **variables)
     except jinja2.TemplateError as error:
-        raise ConversationError(
-            f"the chat template refused the conversation ({roles(messages)}): {error}"
-        ) from error
+        raise ConversationError(f"the chat template refused the conversation ({roles(messages)}): {error}") from error
 
 
 @lru_cache(maxsize=16)
@@ -193,9 +184,7 @@ def _compiled(template: str) -> jinja2.Template:
 
     def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
         # Jinja's own escapes HTML.
-        return json.dumps(
-            value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-        )
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols]

@@ -14,7 +14,7 @@ from vishwamai.templates import load_template
 
 ALPHABET = "\n" + "".join(map(chr, range(0x20, 0x7F))) + "£€"
 # Words of roles and questions only: what is printed on a page stays characters, as the model learns to read.
-PIECES = ("system", "user", "assistant", "What is the ", "What ", "How much ", "is the ")
+PIECES = ("system", "user", "assistant", "Read the page.", "What is the ", "What ", "How much ", "is the ")
 # Qwen3's added tokens in its order, and whether each is special there.
 ADDED_TOKENS = {
     "<|endoftext|>": True,
@@ -50,9 +50,7 @@ _PIECE, _CHARACTER, _BYTE = -1.0, -10.0, -10_000.0
 _UNKNOWN = "<unk>"  # the library asks for one; with all bytes there, no text ever gives it
 
 
-def build_tiny_tokenizer(
-    alphabet: str, pieces: Sequence[str], chat_template: str, folder: str | Path
-) -> None:
+def build_tiny_tokenizer(alphabet: str, pieces: Sequence[str], chat_template: str, folder: str | Path) -> None:
     """Writes `tokenizer.json` and `tokenizer_config.json`, which Transformers' `AutoTokenizer` opens too.
 
     Each character of `alphabet` and each of `pieces` is one token; any other character is its UTF-8 bytes.
@@ -65,9 +63,7 @@ def build_tiny_tokenizer(
     if twice := sorted({word for word in words if words.count(word) > 1}):
         raise ValueError(f"alphabet and pieces hold these twice: {twice}")
     if short := [piece for piece in pieces if len(piece) < 2]:
-        raise ValueError(
-            f"a piece has two or more characters, found {short}: put single ones into the alphabet"
-        )
+        raise ValueError(f"a piece has two or more characters, found {short}: put single ones into the alphabet")
 
     vocabulary = [(_UNKNOWN, _BYTE)]
     vocabulary += [(f"<0x{byte:02X}>", _BYTE) for byte in range(256)]

@@ -47,9 +47,7 @@ class VishwamAITokenizer:
         eos_token_ids: every id that ends an answer: the declared end, `<|im_end|>` and `<|endoftext|>`.
     """
 
-    def __init__(
-        self, backend: HuggingFaceBackend | SentencePieceBackend, folder: Path, config: dict[str, Any]
-    ):
+    def __init__(self, backend: HuggingFaceBackend | SentencePieceBackend, folder: Path, config: dict[str, Any]):
         self._backend = backend
         self.folder = folder
         self.config = config
@@ -86,15 +84,11 @@ class VishwamAITokenizer:
             models = sorted(place.glob("*.model"))
             if len(models) > 1:
                 names = ", ".join(path.name for path in models)
-                raise ValueError(
-                    f"{place} holds several SentencePiece models ({names}): keep the tokenizer's only"
-                )
+                raise ValueError(f"{place} holds several SentencePiece models ({names}): keep the tokenizer's only")
             if models:
                 add_bos, add_eos = config.get("add_bos_token", False), config.get("add_eos_token", False)
                 return cls(SentencePieceBackend(models[0], add_bos, add_eos), place, config)
-        found = (
-            ", ".join(sorted(path.name for path in folder.iterdir())) if folder.is_dir() else "no such folder"
-        )
+        found = ", ".join(sorted(path.name for path in folder.iterdir())) if folder.is_dir() else "no such folder"
         raise FileNotFoundError(
             f"no tokenizer in {folder}: looked for tokenizer.json and *.model there and in {places[1]}, "
             f"found {found or 'an empty folder'}"
@@ -122,9 +116,7 @@ class VishwamAITokenizer:
         """Ids of `text` as ordinary text: `<|im_end|>` in it is ten characters, never the end of a turn."""
         return self._backend.encode_plain(_checked(text))[0]
 
-    def encode_with_offsets(
-        self, text: str, plain: Sequence[tuple[int, int]] = ()
-    ) -> tuple[list[int], Offsets]:
+    def encode_with_offsets(self, text: str, plain: Sequence[tuple[int, int]] = ()) -> tuple[list[int], Offsets]:
         """Ids of `text`, and for each the range of characters that it came from.
 
         `plain`: ranges of characters, ascending, in which added tokens are read as ordinary text.
@@ -171,9 +163,7 @@ class VishwamAITokenizer:
         """The token of an id; a `KeyError` says so if there is none."""
         token = self._backend.id_to_token(int(id)) if id >= 0 else None
         if token is None:
-            raise KeyError(
-                f"the tokenizer in {self.folder} has no id {id}: its ids are 0 to {self.vocab_size - 1}"
-            )
+            raise KeyError(f"the tokenizer in {self.folder} has no id {id}: its ids are 0 to {self.vocab_size - 1}")
         return token
 
     def __len__(self) -> int:
@@ -226,9 +216,7 @@ def _as_array(rows: list[list[int]], kind: str, pad_id: int | None = None) -> An
         raise ValueError(f'return_tensors is None, "np" or "jax", found {kind!r}')
     lengths = [len(row) for row in rows]
     if pad_id is None and len(set(lengths)) > 1:
-        raise ValueError(
-            f"rows of {min(lengths)} to {max(lengths)} tokens need padding, but there is no pad_token"
-        )
+        raise ValueError(f"rows of {min(lengths)} to {max(lengths)} tokens need padding, but there is no pad_token")
     array = np.full((len(rows), max(lengths, default=0)), 0 if pad_id is None else pad_id, np.int32)
     for index, row in enumerate(rows):
         array[index, : len(row)] = row

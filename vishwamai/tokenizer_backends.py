@@ -111,9 +111,7 @@ class SentencePieceBackend:
     def __init__(self, path: Path, add_bos: bool = False, add_eos: bool = False):
         try:
             model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
-            self._vocabulary = sp = sentencepiece.SentencePieceProcessor(
-                model_proto=model.SerializeToString()
-            )
+            self._vocabulary = sp = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
         except (DecodeError, RuntimeError) as error:
             raise ValueError(f"{path} is not a SentencePiece model: {error}") from error
         self.added_tokens = {
@@ -144,9 +142,7 @@ class SentencePieceBackend:
     def encode(self, text: str, add_special_tokens: bool) -> tuple[list[int], Offsets]:
         prefix, suffix = (self._prefix, self._suffix) if add_special_tokens else ([], [])
         ids, offsets = encode_around_added_tokens(self, text, list(self._pattern.finditer(text)))
-        return prefix + ids + suffix, [(0, 0)] * len(prefix) + offsets + [(len(text), len(text))] * len(
-            suffix
-        )
+        return prefix + ids + suffix, [(0, 0)] * len(prefix) + offsets + [(len(text), len(text))] * len(suffix)
 
     def encode_plain(self, text: str, continued: bool = False) -> tuple[list[int], Offsets]:
         mapping = (self._rest if continued else self._first).encode_as_offset_mapping(text)

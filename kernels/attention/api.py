@@ -69,10 +69,12 @@ def _check(q, k, v, mask: Mask, logit_softcap, sinks) -> None:
     found = f"found q {q.shape}, k {k.shape}, v {v.shape}"
     if not (q.ndim == k.ndim == v.ndim == 4):
         raise ValueError(f"q, k and v must be B T N H, B S K H and B S K V, {found}")
+    if 0 in (*q.shape, *k.shape, *v.shape):
+        raise ValueError(f"q, k and v must not be empty, {found}")
     (batch, num_queries, num_heads, head_dim), (_, num_keys, num_kv_heads, _) = q.shape, k.shape
     if k.shape[0] != batch or k.shape[3] != head_dim or v.shape[:3] != k.shape[:3]:
         raise ValueError(f"q, k and v must share B, k and v also S and K, q and k also H, {found}")
-    if num_kv_heads == 0 or num_heads % num_kv_heads:
+    if num_heads % num_kv_heads:
         raise ValueError(f"the query heads must be a multiple of the key heads, {found}")
     if not (q.dtype == k.dtype == v.dtype and jnp.issubdtype(q.dtype, jnp.floating)):
         raise TypeError(f"q, k and v must have one float type, found {q.dtype}, {k.dtype}, {v.dtype}: cast them first")

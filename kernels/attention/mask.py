@@ -144,15 +144,30 @@ def visible(mask: Mask, q_start: Index, num_queries: int, kv_start: Index, num_k
     return allowed
 
 
-def live_queries(mask: Mask) -> jax.Array | None:
-    """Bool `B T`: queries that are no padding; None where all are."""
-    return None if mask.q_segment_ids is None else jnp.asarray(mask.q_segment_ids) != 0
+def key_range(mask: Mask, q_start: int, q_stop: int, num_keys: int) -> tuple[int, int]:
+    """Static [low, high) outside of which no query in [q_start, q_stop) sees a key, as far as tracing can know."""
+    low, high = 0, num_keys
+    if isinstance(mask.kv_length, int):
+        high = min(high, mask.kv_length)
+    ordered = mask.causal and mask.block_ids is None and isinstance(mask.q_offset, int)
+    if ordered and isinstance(mask.prefix_length, int | None):
+        high = min(high, max(mask.q_offset + q_stop, mask.prefix_length or 0))
+        if mask.window is not None and not mask.prefix_length:
+            low = mask.q_offset + q_start - mask.window + 1
+    high = max(high, 0)
+    return min(max(low, 0), high), high
 
 
-def live_keys(mask: Mask, num_keys: int) -> jax.Array | None:
-    """Bool `B S` (or `1 S`): keys that are neither padding nor beyond kv_length; None where all are."""
-    live = None if mask.q_segment_ids is None else jnp.asarray(mask.key_segments) != 0
+def clear_padding(mask: Mask, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """q, k, v with zeros in padding rows and behind kv_length, so that 0 · NaN can't reach a live row, or its gradient."""
+    live_queries, live_keys = None, None
+    if mask.q_segment_ids is not None:
+        live_queries, live_keys = jnp.asarray(mask.q_segment_ids) != 0, jnp.asarray(mask.key_segments) != 0
     if mask.kv_length is not None:
-        there = (lax.iota(jnp.int32, num_keys)[None, :]) < jnp.reshape(mask.kv_length, (-1, 1))
-        live = there if live is None else live & there
-    return live
+        there = lax.iota(jnp.int32, k.shape[1])[None] < jnp.reshape(mask.kv_length, (-1, 1))
+        live_keys = there if live_keys is None else live_keys & there
+
+    def clear(x, live):
+        return x if live is None else jnp.where(live[:, :, None, None], x, 0)
+
+    return clear(q, live_queries), clear(k, live_keys), clear(v, live_keys)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels.attention.mask import Mask, live_keys, live_queries, visible
+from kernels.attention.mask import Mask, clear_padding, visible
 
 
 def attention(
@@ -19,7 +19,7 @@ def attention(
     """Output in q's type and log-sum-exp in at least float32; arguments as in `kernels.attention`, all checked."""
     stats = jnp.promote_types(q.dtype, jnp.float32)
     (num_queries, num_heads), (num_keys, num_kv_heads) = q.shape[1:3], k.shape[1:3]
-    q, k, v = (clear(x.astype(stats), live) for x, live in zip((q, k, v), live_rows(mask, num_keys), strict=True))
+    q, k, v = clear_padding(mask, *(x.astype(stats) for x in (q, k, v)))
     k, v = (jnp.repeat(x, num_heads // num_kv_heads, axis=2) for x in (k, v))
 
     logits = jnp.einsum("btnh,bsnh->bnts", q, k, precision="highest") * scale
@@ -39,13 +39,3 @@ def attention(
     lse = jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1)), -jnp.inf)[..., 0]
     return out, lse.transpose(0, 2, 1)
 
-
-def live_rows(mask: Mask, num_keys: int) -> tuple[Array | None, Array | None, Array | None]:
-    """For q, k and v: which rows are no padding."""
-    keys = live_keys(mask, num_keys)
-    return live_queries(mask), keys, keys
-
-
-def clear(x: Array, live: Array | None) -> Array:
-    """Zeros in padding rows, so that 0 · NaN can't reach a live row, forward or backward."""
-    return x if live is None else jnp.where(live[:, :, None, None], x, 0)

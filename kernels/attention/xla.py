@@ -1,72 +1,182 @@
-"""Attention in plain XLA operations: one dense block when that is small, else blocks of queries, recomputed backward."""
+"""Attention in plain XLA operations, for every platform: blocks of queries, probabilities recomputed in the backward.
+
+The maths is FlashAttention-2's (arXiv 2307.08691, algorithms 1 and 2) with whole rows of keys, which XLA multiplies
+faster than key blocks. Inside, arrays are `B K R H` and `B K H S` (R = G query heads a key head times the block's
+queries), in the very order in which XLA's CPU multiplies without copies; no product needs the logits transposed.
+"""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
 
-from kernels.attention.mask import Mask, visible
-from kernels.attention.reference import clear, live_rows
+from kernels.attention.mask import Mask, clear_padding, key_range, visible
 
-MAX_DENSE_LOGITS = 32 * 1024 * 1024  # up to here (128 MiB in float32) all logits exist at once
-BLOCK_LOGITS = 4 * 1024 * 1024  # beyond, a block of queries has about as many
+BLOCK_LOGITS = 4 * 1024 * 1024  # logits that exist at once (16 MiB in float32): caches hold them, products are large
+MIN_BLOCK = 16  # rows, however many keys there are
+MAX_PIECES = 8  # pieces of the queries, each with its own static range of keys; 8 come within 1/16 of the causal half
+MIN_PIECE = 64  # rows below which products get slower than the keys they save
 
 
-def attention(q, k, v, mask: Mask, scale, logit_softcap, sinks):
-    """As `reference.attention`, in memory that grows with T + S once the logits are many."""
+class Piece(NamedTuple):
+    """`count` blocks of `rows` queries from `start`, against keys [low, high)."""
+
+    start: int
+    rows: int
+    count: int
+    low: int
+    high: int
+
+
+def plan(batch_heads: int, num_queries: int, num_keys: int, mask: Mask) -> list[Piece]:
+    """Pieces that cover all queries, in order."""
+    skips = key_range(mask, 0, 1, num_keys) != key_range(mask, num_queries - 1, num_queries, num_keys)
+    step = max(MIN_PIECE, -(-num_queries // MAX_PIECES)) if skips else num_queries
+    pieces = []
+    for start in range(0, num_queries, step):
+        stop = min(start + step, num_queries)
+        low, high = key_range(mask, start, stop, num_keys)
+        rows = min(stop - start, max(MIN_BLOCK, BLOCK_LOGITS // (batch_heads * max(high - low, 1))))
+        blocks, rest = divmod(stop - start, rows)
+        pieces.append(Piece(start, rows, blocks, low, high))
+        if rest:
+            pieces.append(Piece(stop - rest, rest, 1, low, high))
+    return pieces
+
+
+def attention(q, k, v, mask: Mask, scale: float, logit_softcap: float | None, sinks):
+    """As `reference.attention`; memory grows with T + S, forward and backward."""
+    return _attention(q, k, v, sinks, mask, scale, logit_softcap)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attention(q, k, v, sinks, mask, scale, softcap):
+    return _forward(q, k, v, sinks, mask, scale, softcap)[0]
+
+
+def _forward(q, k, v, sinks, mask, scale, softcap):
+    given = q, k, v
+    q, k, v = clear_padding(mask, q, k, v)
     batch, num_queries, num_heads, _ = q.shape
-    num_keys = k.shape[1]
-    q, k, v = (clear(x, live) for x, live in zip((q, k, v), live_rows(mask, num_keys), strict=True))
-    part = functools.partial(_queries, mask=mask, scale=scale, logit_softcap=logit_softcap)
-    if batch * num_heads * num_queries * num_keys <= MAX_DENSE_LOGITS:
-        return part(q, k, v, sinks, 0)
-    block = min(num_queries, max(16, BLOCK_LOGITS // (batch * num_heads * num_keys)))
-    num_blocks = -(-num_queries // block)
-    # The last block is moved back to end at T: rows it shares with the block before are computed twice, kept once.
-    starts = jnp.minimum(jnp.arange(num_blocks) * block, num_queries - block)
-
-    @jax.checkpoint
-    def one(start):
-        return part(lax.dynamic_slice_in_dim(q, start, block, 1), k, v, sinks, start)
-
-    out, lse = lax.map(one, starts)
-    return _join(out, num_queries), _join(lse, num_queries)
-
-
-def _join(blocks, length: int):
-    """`L B R ...` to `B T ...`; the last block overlaps its neighbour."""
-    num_blocks, _, rows = blocks.shape[:3]
-    last = blocks[-1, :, num_blocks * rows - length :]
-    head = jnp.moveaxis(blocks[:-1], 0, 1)
-    return jnp.concatenate([head.reshape(head.shape[0], -1, *head.shape[3:]), last], axis=1)
-
-
-def _queries(q: Float[Array, "B R N H"], k, v, sinks, start, *, mask: Mask, scale, logit_softcap):
-    stats = jnp.promote_types(q.dtype, jnp.float32)
-    batch, rows, num_heads, head_dim = q.shape
     num_keys, num_kv_heads = k.shape[1:3]
-    q = q.reshape(batch, rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    logits = jnp.einsum("btkgh,bskh->bkgts", q, k, preferred_element_type=stats) * scale
-    if logit_softcap is not None:
-        logits = logit_softcap * jnp.tanh(logits / logit_softcap)
+    stats = jnp.promote_types(q.dtype, jnp.float32)
     hidden = jnp.finfo(stats).min / 2
-    seen = visible(mask, start, rows, 0, num_keys)
+    sink = None if sinks is None else sinks.astype(stats).reshape(1, num_kv_heads, -1, 1, 1)
+    q_rows, k_columns, v_rows = _group(q, num_kv_heads), k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
+
+    def block(piece, carry, start):
+        logits, _ = _logits(_rows(q_rows, start, piece), k_columns, mask, start, piece, scale, softcap)
+        top = jnp.max(logits, axis=-1, keepdims=True, initial=hidden)
+        top = top if sink is None else jnp.maximum(top, sink)
+        weights = jnp.exp(logits - top)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        total = total if sink is None else total + jnp.exp(sink - top)
+        out = _dot("bkrs,bksh->bkrh", _flat(weights).astype(v.dtype), v_rows[:, :, piece.low : piece.high])
+        sees = top > hidden
+        out = jnp.where(sees, out.reshape(*top.shape[:-1], -1) / total, 0).astype(q.dtype)
+        return carry, (out, jnp.where(sees, top + jnp.log(total), -jnp.inf))
+
+    pieces = plan(batch * num_heads, num_queries, num_keys, mask)
+    blocks = [_each_block(block, (), piece)[1] for piece in pieces]
+    out, lse = (_ungroup(parts) for parts in zip(*blocks, strict=True))
+    lse = lse[..., 0]
+    return (out, lse), (given, sinks, mask, out, lse)
+
+
+def _backward(scale, softcap, saved, cotangents):
+    (q, k, v), sinks, mask, out, lse = saved
+    q, k, v = clear_padding(mask, q, k, v)
+    d_out, d_lse = cotangents
+    batch, num_queries, num_heads, _ = q.shape
+    num_keys, num_kv_heads = k.shape[1:3]
+    sees = jnp.isfinite(lse)[..., None]
+    d_out = jnp.where(sees, d_out, 0)
+    delta = jnp.sum(d_out.astype(lse.dtype) * out, axis=-1, keepdims=True) - jnp.where(sees, d_lse[..., None], 0)
+    norm = jnp.where(sees, lse[..., None], jnp.finfo(lse.dtype).max)  # exp(logit - norm) = 0 in rows that see nothing
+
+    q_rows, d_out_rows, delta, norm = (_group(x, num_kv_heads) for x in (q, d_out, delta, norm))
+    q_columns, d_out_columns = (x.transpose(0, 1, 4, 2, 3) for x in (q_rows, d_out_rows))
+    k_rows, k_columns, v_columns = k.transpose(0, 2, 1, 3), k.transpose(0, 2, 3, 1), v.transpose(0, 2, 3, 1)
+
+    def block(piece, sums, start):
+        keys = slice(piece.low, piece.high)
+        logits, slope = _logits(_rows(q_rows, start, piece), k_columns, mask, start, piece, scale, softcap)
+        p = jnp.exp(logits - _rows(norm, start, piece))
+        d_p = _dot("bkrh,bkhs->bkrs", _flat(_rows(d_out_rows, start, piece)), v_columns[..., keys])
+        d_logits = p * (d_p.reshape(p.shape) - _rows(delta, start, piece)) * slope
+        p, d_logits = _flat(p).astype(v.dtype), _flat(d_logits).astype(q.dtype)
+        d_q = _dot("bkrs,bksh->bkrh", d_logits, k_rows[:, :, keys])
+        d_k = _dot("bkhr,bkrs->bkhs", _columns(q_columns, start, piece), d_logits)
+        d_v = _dot("bkhr,bkrs->bkhs", _columns(d_out_columns, start, piece), p)
+        sums = tuple(total.at[..., keys].add(part) for total, part in zip(sums, (d_k, d_v), strict=True))
+        return sums, d_q.reshape(*logits.shape[:-1], -1).astype(q.dtype)
+
+    sums = jnp.zeros(k_columns.shape, lse.dtype), jnp.zeros(v_columns.shape, lse.dtype)
+    d_q = []
+    for piece in plan(batch * num_heads, num_queries, num_keys, mask):
+        sums, part = _each_block(block, sums, piece)
+        d_q.append(part)
+    d_k, d_v = (x.transpose(0, 3, 1, 2).astype(k.dtype) for x in sums)
+    d_sinks = None
+    if sinks is not None:
+        share = jnp.exp(sinks.astype(lse.dtype).reshape(1, num_kv_heads, -1, 1, 1) - norm)
+        d_sinks = -jnp.sum(share * delta, axis=(0, 3, 4)).reshape(sinks.shape).astype(sinks.dtype)
+    return _ungroup(d_q), d_k, d_v, d_sinks, None
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _logits(q, k_columns, mask: Mask, start, piece: Piece, scale, softcap):
+    """Masked logits `B K G R S`, and d logit / d (q · k): the scale, times the soft-cap's slope where there is one."""
+    logits = _dot("bkrh,bkhs->bkrs", _flat(q), k_columns[..., piece.low : piece.high]) * scale
+    logits, slope = logits.reshape(*q.shape[:-1], -1), scale
+    if softcap is not None:
+        bounded = jnp.tanh(logits / softcap)
+        logits, slope = softcap * bounded, scale * (1 - jnp.square(bounded))
+    seen = visible(mask, start, piece.rows, piece.low, piece.high - piece.low)
     if seen is not None:
-        logits = jnp.where(seen[:, None, None], logits, hidden)
-    top = jnp.max(logits, axis=-1, keepdims=True)
-    if sinks is not None:
-        sinks = sinks.astype(stats).reshape(1, num_kv_heads, -1, 1, 1)
-        top = jnp.maximum(top, sinks)
-    top = lax.stop_gradient(top)
-    weights = jnp.exp(logits - top)
-    total = jnp.sum(weights, axis=-1, keepdims=True)
-    if sinks is not None:
-        total += jnp.exp(sinks - top)
-    empty = top <= hidden
-    out = jnp.einsum("bkgts,bskh->bkgth", weights.astype(v.dtype), v, preferred_element_type=stats)
-    out = jnp.where(empty, 0, out / total)
-    lse = jnp.where(empty, -jnp.inf, top + jnp.log(total))
-    out = out.transpose(0, 3, 1, 2, 4).reshape(batch, rows, num_heads, -1)
-    return out, lse.transpose(0, 3, 1, 2, 4).reshape(batch, rows, num_heads)
+        logits = jnp.where(seen[:, None, None], logits, jnp.finfo(logits.dtype).min / 2)
+    return logits, slope
+
+
+def _each_block(step, carry, piece: Piece):
+    """Runs `step(piece, carry, start)` over a piece's blocks; their outputs `B K G R ...` side by side in R."""
+    if piece.count == 1:
+        return step(piece, carry, piece.start)
+    starts = piece.start + piece.rows * jnp.arange(piece.count)
+    carry, blocks = lax.scan(functools.partial(step, piece), carry, starts)
+    return carry, jax.tree.map(lambda x: jnp.moveaxis(x, 0, 3).reshape(*x.shape[1:4], -1, x.shape[-1]), blocks)
+
+
+def _dot(spec: str, a, b):
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
+
+
+def _group(x, num_kv_heads: int):
+    """`B T N H` to `B K G T H`."""
+    batch, length, num_heads, width = x.shape
+    return x.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, width).transpose(0, 2, 3, 1, 4)
+
+
+def _ungroup(parts):
+    """A list of `B K G R H` to `B T N H`."""
+    x = jnp.concatenate(parts, axis=3).transpose(0, 3, 1, 2, 4)
+    return x.reshape(*x.shape[:2], -1, x.shape[-1])
+
+
+def _rows(x, start, piece: Piece):
+    return lax.dynamic_slice_in_dim(x, start, piece.rows, axis=3)
+
+
+def _flat(x):
+    """`B K G R ...` to `B K GR ...`."""
+    return x.reshape(*x.shape[:2], -1, x.shape[-1])
+
+
+def _columns(x, start, piece: Piece):
+    """A block of `B K H G T` as `B K H GR`."""
+    x = lax.dynamic_slice_in_dim(x, start, piece.rows, axis=4)
+    return x.reshape(*x.shape[:3], -1)

@@ -12,7 +12,7 @@ from vishwamai.data.sources import FilesConfig
 
 # Fields that belong to one sort of dataset only.
 _OF_FILES = ("sampling_strategy", "image_folder")
-_OF_PAGES = ("task", "max_questions", "pages_per_row")
+_OF_PAGES = ("task", "max_questions", "skip_blank_patches")
 
 
 class Task(StrEnum):
@@ -33,14 +33,12 @@ class DatasetConfig(PageFiles):
 
     json_path: str | None = Field(None, description=FilesConfig.model_fields["json_path"].description)
     generated: str | None = Field(None, description=f"instead of files: pages to draw: {', '.join(KINDS)}")
-    task: Task = Field(
-        Task.QUESTIONS, description="of a drawn page: questions about its fields, or transcribe"
-    )
-    max_questions: int | None = Field(
-        None, gt=0, description="questions about a drawn page; null: all that fit"
-    )
-    pages_per_row: int = Field(
-        1, gt=0, description="drawn pages that share a row, each with its share of max_length"
+    task: Task = Field(Task.QUESTIONS, description="of a drawn page: questions about its fields, or transcribe")
+    max_questions: int | None = Field(None, gt=0, description="questions about a drawn page; null: all that fit")
+    skip_blank_patches: bool = Field(
+        False,
+        description="of a drawn page only the patches with ink: more pages share a row. For pre-training: elsewhere a "
+        "page is whole",
     )
     weight: float | None = Field(
         None, gt=0, description="share of the rows; where no dataset has one, files are shuffled together"
@@ -51,9 +49,7 @@ class DatasetConfig(PageFiles):
         if (self.json_path is None) == (self.generated is None):
             raise ValueError("a dataset has either json_path or generated")
         if self.generated is not None and self.generated not in KINDS:
-            raise ValueError(
-                f"generated={self.generated!r} is no kind of document: choose one of {', '.join(KINDS)}"
-            )
+            raise ValueError(f"generated={self.generated!r} is no kind of document: choose one of {', '.join(KINDS)}")
         for name in _OF_FILES if self.generated else _OF_PAGES:
             # By value: a resolved config says every field.
             if getattr(self, name) != type(self).model_fields[name].default:

@@ -73,7 +73,7 @@ def encode(record: Record, encoder: Encoder) -> tuple[PageConversation, EncodedC
     """A record and its tokens; no image is opened. Raises DataError."""
     page = parse(record)
     try:
-        return page, encoder.conversation(page.messages, len(page.images))
+        return page, encoder.conversation(page.messages, [encoder.layout.tokens] * len(page.images))
     except ConversationError as error:
         raise DataError(f"{record.where}: {error}") from error
 
@@ -94,4 +94,4 @@ def load(record: Record, encoder: Encoder) -> Example:
         images: list[Image.Image] = [load_image(path) for path in page.images]
     except ImageError as error:
         raise DataError(f"{record.where}: {error}") from error
-    return encoder.example(conversation, images)
+    return encoder.example(conversation, [encoder.patches(image) for image in images])

@@ -23,26 +23,30 @@ class Encoder:
     layout: ImageLayout
 
     @classmethod
-    def of(
-        cls, config: ParsitConfig, tokenizer: VishwamAITokenizer, size: tuple[int, int] | None = None
-    ) -> "Encoder":
+    def of(cls, config: ParsitConfig, tokenizer: VishwamAITokenizer, size: tuple[int, int] | None = None) -> "Encoder":
         """For a model, with images at `size` (height, width) or at the model's own."""
         size = image_size(config, size)
         return cls(tokenizer, size, config.vision.patch_size, image_layout(config, *size))
 
-    def conversation(self, messages: Sequence[Message], images: int) -> EncodedConversation:
-        """The tokens alone. Raises ConversationError."""
-        return encode_conversation(messages, self.tokenizer, image_tokens=[self.layout.tokens] * images)
+    def conversation(self, messages: Sequence[Message], image_tokens: Sequence[int]) -> EncodedConversation:
+        """The tokens alone, with so many for each image. Raises ConversationError."""
+        return encode_conversation(messages, self.tokenizer, image_tokens=list(image_tokens))
 
     def patches(self, image: Image.Image) -> np.ndarray:
         """The patches of one image, uint8 P C."""
         return patchify(preprocess(image, *self.size), self.patch_size)
 
-    def example(self, conversation: EncodedConversation, images: Sequence[Image.Image]) -> Example:
+    def example(
+        self,
+        conversation: EncodedConversation,
+        patches: Sequence[np.ndarray],
+        positions: Sequence[np.ndarray] | None = None,
+    ) -> Example:
         """Tokens and patches together; the loss is on what the assistant says, each token equally."""
         return Example(
             tokens=conversation.tokens,
             loss_weights=conversation.loss_mask.astype(np.float32),
             feature_index=conversation.feature_index,
-            images=tuple(self.patches(image) for image in images),
+            images=tuple(patches),
+            positions=None if positions is None else tuple(positions),
         )

@@ -1,6 +1,7 @@
 """Drawn pages as an endless stream of rows: page i of a dataset is a pure function of (seed, dataset, i)."""
 
 import logging
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,8 +11,9 @@ from parsit_jax import prompts
 from parsit_jax.data.config import DatasetConfig, Task
 from parsit_jax.data.examples import Encoder
 from parsit_jax.documents.generator import Document, Split, generate
+from parsit_jax.documents.patches import inked
 from vishwamai.chat import Message
-from vishwamai.data.packing import Example
+from vishwamai.data.packing import Capacity, Example
 from vishwamai.data.pool import TooLong
 from vishwamai.data.sources import DataError
 
@@ -26,42 +28,77 @@ class GeneratedRows:
 
     config: DatasetConfig
     encoder: Encoder
-    max_length: int
+    room: Capacity
     seed: tuple[int, ...]
     too_long: TooLong = TooLong.ERROR
 
     def row(self, index: int) -> list[Example]:
-        """The pages of row `index`."""
-        count = self.config.pages_per_row
-        return [self.page(index * count + i) for i in range(count)]
+        """Row `index`: as many pages as fit, at least one.
 
-    def page(self, index: int) -> Example:
-        """Page `index` with as many of its questions as fit.
-
-        Raises DataError when not even one fits (with `skip`: when none of many pages drawn instead does).
+        Raises DataError when not even one question fits (with `skip`: when that is so of many pages in turn).
         """
-        room = self.max_length // self.config.pages_per_row
-        for attempt in range(_ATTEMPTS if self.too_long is TooLong.SKIP else 1):
-            seed = int(np.random.SeedSequence([*self.seed, index, attempt]).generate_state(1, np.uint64)[0])
-            document = generate(self.config.generated, seed, Split.TRAIN, self.encoder.size)
-            for messages in conversations(document, self.config, seed):
-                conversation = self.encoder.conversation(messages, images=1)
-                if len(conversation.tokens) <= room:
-                    return self.encoder.example(conversation, [document.image])
-            needed = len(conversation.tokens)
-            logger.warning("page %s of %s needs %s tokens: drawn anew", index, self.config.generated, needed)
-        raise DataError(
-            f"a page of {self.config.generated} needs {len(conversation.tokens)} tokens, it may take {room}: "
-            "raise data.max_length, lower pages_per_row, or have such pages drawn anew: data.too_long=skip"
+        examples: list[Example] = []
+        tokens, patches = self.room.tokens, self.room.patches
+        for attempt in range(_ATTEMPTS):
+            if patches < self.least_patches:
+                break
+            document = self.document(index, attempt)
+            example, needed = self.example(document, tokens, patches)
+            if example is not None:
+                examples.append(example)
+                tokens, patches = tokens - example.size[0], patches - example.size[1]
+            elif examples:
+                break
+            elif self.too_long is TooLong.ERROR:
+                raise DataError(self.complaint(needed))
+            else:
+                logger.debug("row %s: a page of %s needs %s, drawn anew", index, self.config.generated, needed)
+        if not examples:
+            raise DataError(f"{_ATTEMPTS} pages in turn: {self.complaint(needed)}")
+        return examples
+
+    @property
+    def least_patches(self) -> int:
+        """No page takes fewer patches than this: below it, none is drawn in vain."""
+        return 1 if self.config.skip_blank_patches else self.encoder.layout.patches
+
+    def document(self, row: int, number: int) -> Document:
+        """Page `number` that row `row` may show."""
+        seed = np.random.SeedSequence([*self.seed, row, number]).generate_state(1, np.uint64)[0]
+        return generate(self.config.generated, int(seed), Split.TRAIN, self.encoder.size)
+
+    def example(self, document: Document, tokens: int, patches: int) -> tuple[Example | None, tuple[int, int]]:
+        """A page with as many of its questions as fit, or None; and the tokens and patches of the shortest try."""
+        pixels = self.encoder.patches(document.image)
+        positions = None
+        if self.config.skip_blank_patches:
+            kept = inked(pixels)
+            pixels, positions = pixels[kept], [self.encoder.layout.positions[kept]]
+        image_tokens = [len(pixels) // self.encoder.layout.patches_per_feature]
+        for messages in conversations(document, self.config):
+            conversation = self.encoder.conversation(messages, image_tokens)
+            needed = len(conversation.tokens), len(pixels)
+            if needed[0] <= tokens and needed[1] <= patches:
+                return self.encoder.example(conversation, [pixels], positions), needed
+        return None, needed
+
+    def complaint(self, needed: tuple[int, int]) -> str:
+        """Why a page could not be used, and what to do."""
+        return (
+            f"a page of {self.config.generated} needs {needed[0]} tokens and {needed[1]} patches, a row holds "
+            f"{self.room.tokens} and {self.room.patches}: raise data.max_length or data.max_patches, or have such "
+            "pages drawn anew: data.too_long=skip"
         )
 
 
-def conversations(document: Document, config: DatasetConfig, seed: int) -> Iterator[list[Message]]:
+def conversations(document: Document, config: DatasetConfig) -> Iterator[list[Message]]:
     """What may be said about a page, the longest first: its questions in random order, ever fewer."""
     if config.task is Task.TRANSCRIBE:
         yield dialogue([(prompts.READ_PAGE, document.transcription)])
         return
-    order = np.random.default_rng([seed, 1]).permutation(len(document.questions))[: config.max_questions]
+    order = np.random.default_rng([zlib.crc32(document.transcription.encode())]).permutation(len(document.questions))[
+        : config.max_questions
+    ]
     asked = [(document.questions[i].text, document.questions[i].answer) for i in order]
     if not asked:
         raise DataError(f"{document.kind} have no questions: set task: transcribe")

@@ -47,7 +47,7 @@ def load_image(source: str | Path | Image.Image) -> Image.Image:
         with path.open("rb") as file:
             start = file.read(8)
         raise ImageError(
-            f"{path} is no image in a known format (it starts with {start!r}): save it as PNG or JPEG"
+            f"{path} is damaged or no image in a known format (it starts with {start!r}): save it as PNG or JPEG"
         ) from None
     except (OSError, SyntaxError, EOFError, ValueError) as error:
         if isinstance(error, ImageError):
@@ -75,11 +75,7 @@ def pages(path: str | Path, numbers: Sequence[int] | None = None, dpi: float = 1
             document = pdfium.PdfDocument(path)
             count = len(document)
         except pdfium.PdfiumError as error:
-            why = (
-                "it is encrypted, save it without a password"
-                if "password" in str(error).lower()
-                else str(error)
-            )
+            why = "it is encrypted, save it without a password" if "password" in str(error).lower() else str(error)
             raise ImageError(f"{path} can't be opened as a PDF: {why}") from error
     numbers = range(1, count + 1) if numbers is None else numbers
     if not numbers:

@@ -1,7 +1,7 @@
 """Pixels -> patches, as SigLIP's image processor and patch convolution take them."""
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Bool, UInt8
 from PIL import Image
 
 from parsit_jax.models.config import ParsitConfig, Pooling
@@ -22,13 +22,18 @@ def preprocess(image: Image.Image, height: int, width: int) -> UInt8[np.ndarray,
 def patchify(pixels: UInt8[np.ndarray, "H W 3"], patch_size: int) -> UInt8[np.ndarray, "P C"]:
     """Patches in row-major order, each as (channel, row, column).
 
-    That is the order of a convolution weight `D 3 p p` flattened to `D C`. Pixels at the right and the bottom that
-    fill no patch are left out, as by the convolution.
+    That is the order of a convolution weight `D 3 p p` flattened to `D C`. Like the convolution it leaves out the
+    pixels at the right and the bottom that fill no patch.
     """
     rows, columns = pixels.shape[0] // patch_size, pixels.shape[1] // patch_size
     whole = pixels[: rows * patch_size, : columns * patch_size]
     blocks = whole.reshape(rows, patch_size, columns, patch_size, 3).transpose(0, 2, 4, 1, 3)
     return np.ascontiguousarray(blocks).reshape(rows * columns, 3 * patch_size**2)
+
+
+def inked(patches: UInt8[np.ndarray, "P C"], contrast: int = 60) -> Bool[np.ndarray, " P"]:
+    """Which patches hold more than paper: their darkest and lightest pixel differ by more than `contrast`."""
+    return patches.max(axis=1).astype(int) - patches.min(axis=1) > contrast
 
 
 def image_size(config: ParsitConfig, chosen: tuple[int, int] | None = None) -> tuple[int, int]:
@@ -44,9 +49,7 @@ def image_layout(config: ParsitConfig, height: int, width: int) -> ImageLayout:
     patch = config.vision.patch_size
     rows, columns = height // patch, width // patch
     if not rows or not columns:
-        raise ValueError(
-            f"an image of {height} x {width} pixels holds no patch of {patch}: enlarge data.image_size"
-        )
+        raise ValueError(f"an image of {height} x {width} pixels holds no patch of {patch}: enlarge data.image_size")
     pooled = config.pooling is Pooling.AVERAGE_2X2
     if pooled and (rows % 2 or columns % 2):
         raise ValueError(

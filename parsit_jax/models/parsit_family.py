@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
+from parsit_jax.data.config import ParsitData
 from parsit_jax.models import siglip_family
 from parsit_jax.models.config import ImageMask, ParsitConfig, Pooling
 from parsit_jax.models.parsit import ParsitModel
-from vishwamai.config import Config, ConfigError
+from vishwamai.config import ConfigError
 from vishwamai.convert.hf_config import Reader, build
 from vishwamai.convert.layout import Layout, Naming, Row, inside, linear
 from vishwamai.families import Family
@@ -76,7 +77,7 @@ def _part(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key != "architectures"}
 
 
-def unsupported(config: ParsitConfig, data: Config | None = None) -> list[str]:
+def unsupported(config: ParsitConfig, data: ParsitData | None = None) -> list[str]:
     """What a config asks for that `LlavaForConditionalGeneration` does not compute."""
     found = []
     if config.pooling is not Pooling.NONE:
@@ -85,9 +86,11 @@ def unsupported(config: ParsitConfig, data: Config | None = None) -> list[str]:
         found.append(f"model.projector={config.projector}: its projector is mlp2x_gelu")
     if config.image_mask is not ImageMask.CAUSAL:
         found.append(f"model.image_mask={config.image_mask.value}: its image tokens see only what stands before them")
-    side, chosen = config.vision.image_size, getattr(data, "image_size", None)
-    if chosen and tuple(chosen) != (side, side):
-        found.append(f"data.image_size={list(chosen)}: its positions stand for {side} x {side} pixels and are not resized")
+    side = config.vision.image_size
+    if data and data.image_size not in (None, (side, side)):
+        found.append(
+            f"data.image_size={list(data.image_size)}: its positions are those of {side} x {side} pixels"
+        )
     return found
 
 
@@ -125,7 +128,7 @@ def duplicates(config: ParsitConfig) -> dict[str, str]:
 
 def batch_source(experiment, tokenizer):
     """Global batches of packed conversations with their images by step number."""
-    from parsit_jax.data.conversations import batch_source as source  # the data code is only needed to train
+    from parsit_jax.data.batches import batch_source as source  # the data code is only needed to train
 
     return source(experiment, tokenizer)
 
@@ -139,7 +142,7 @@ _NESTED = (
 FAMILY = Family(
     name="parsit",
     model_config=ParsitConfig,
-    data_config=Config,
+    data_config=ParsitData,
     build=ParsitModel,
     text_config=lambda config: config.text,
     batch_source=batch_source,

@@ -27,7 +27,14 @@ def rows(config: VisionConfig, run_layers: int | None = None) -> list[Row]:
     """The name table; layers from `run_layers` on are carried in a stack of their own."""
     run = config.num_hidden_layers if run_layers is None else run_layers
     layer = norm("layer_norm1", "layer_norm1", bias=True) + norm("layer_norm2", "layer_norm2", bias=True)
-    for name in ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2"):
+    for name in (
+        "self_attn.q_proj",
+        "self_attn.k_proj",
+        "self_attn.v_proj",
+        "self_attn.out_proj",
+        "mlp.fc1",
+        "mlp.fc2",
+    ):
         layer += linear(name, name, bias=True)
     table = [
         Row(

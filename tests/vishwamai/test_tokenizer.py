@@ -4,6 +4,7 @@ import filecmp
 import io
 import json
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vishwamai.templates import load_template
 from vishwamai.tiny_tokenizer import ADDED_TOKENS, ALPHABET, PIECES, build_tiny_tokenizer
 from vishwamai.tokenizer import VishwamAITokenizer
 
@@ -65,9 +67,7 @@ def sentencepiece_model(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sentencepiece")
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(
-            ["the quick brown fox jumps over the lazy dog", "hello world total 123.45"] * 50
-        ),
+        sentence_iterator=iter(["the quick brown fox jumps over the lazy dog", "hello world total 123.45"] * 50),
         model_writer=model,
         model_type="bpe",
         vocab_size=340,
@@ -84,7 +84,7 @@ def sentencepiece_model(tmp_path_factory):
     return folder
 
 
-# --- as Transformers -------------------------------------------------------------------------------------------
+# --- as Transformers ---
 
 
 @pytest.mark.parametrize("name", ["qwen", "tiny"])
@@ -100,9 +100,7 @@ def test_ids_and_text_equal_transformers(name, request):
         ids = theirs(text)["input_ids"]
         assert ours.encode(text) == ids, text
         assert ours.decode(ids) == theirs.decode(ids), text
-        assert ours.decode(ids, skip_special_tokens=True) == theirs.decode(ids, skip_special_tokens=True), (
-            text
-        )
+        assert ours.decode(ids, skip_special_tokens=True) == theirs.decode(ids, skip_special_tokens=True), text
 
 
 @pytest.mark.parametrize("name", ["qwen", "tiny"])
@@ -116,7 +114,7 @@ def test_added_tokens_are_qwen3s(name, request):
     assert ends == ["<|im_end|>", "<|endoftext|>"]
 
 
-# --- text that only looks like a token ---------------------------------------------------------------------------
+# --- text that only looks like a token ---
 
 
 @pytest.mark.parametrize("name", ["qwen", "tiny"])
@@ -161,7 +159,15 @@ def test_a_vocabulary_that_holds_its_added_tokens_as_pieces_still_escapes_them(t
     assert ours.decode(ours.encode_plain("a<s>b")) == "a<s>b"
 
 
-# --- round trips ---------------------------------------------------------------------------------------------------
+def test_of_two_added_tokens_the_longer_is_found(tmp_path):
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate("<s>2")}, []))
+    tokenizer.add_special_tokens(["<s>", "<s>2"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    ours = VishwamAITokenizer.from_pretrained(tmp_path)
+    assert ours.encode("<s>2") == ours.encode_with_offsets("<s>2", [(4, 4)])[0] == [ours.token_to_id("<s>2")]
+
+
+# --- round trips ---
 
 
 @settings(max_examples=300, deadline=None)
@@ -197,7 +203,7 @@ def test_half_a_surrogate_pair_is_refused(tiny):
         tiny.encode(b"a")
 
 
-# --- arrays and batches ----------------------------------------------------------------------------------------------
+# --- arrays and batches ---
 
 
 def test_arrays(tiny):
@@ -227,7 +233,7 @@ def test_batches(tiny):
     assert tiny.batch_encode([], return_tensors="np").shape == (0, 0)
 
 
-# --- files ---------------------------------------------------------------------------------------------------------
+# --- files ---
 
 
 @pytest.mark.parametrize("name", ["qwen_folder", "tiny_folder", "sentencepiece_model"])
@@ -238,9 +244,7 @@ def test_saving_carries_the_files_unchanged(name, request, tmp_path):
     assert filecmp.cmpfiles(source, tmp_path / "run" / "tokenizer", names, shallow=False) == (names, [], [])
     again = VishwamAITokenizer.from_pretrained(tmp_path / "run")  # a run's folder
     again.save_pretrained(again.folder)  # onto itself
-    assert again.encode("hello <|im_end|>") == VishwamAITokenizer.from_pretrained(source).encode(
-        "hello <|im_end|>"
-    )
+    assert again.encode("hello <|im_end|>") == VishwamAITokenizer.from_pretrained(source).encode("hello <|im_end|>")
 
 
 def test_a_template_of_its_own_file_wins(tiny_folder, tmp_path):
@@ -278,9 +282,7 @@ def test_pickles_for_data_workers(name, request):
 
 
 def test_errors_of_files(tmp_path, tiny):
-    with pytest.raises(
-        FileNotFoundError, match="no tokenizer in .*nowhere: looked for .*found no such folder"
-    ):
+    with pytest.raises(FileNotFoundError, match="no tokenizer in .*nowhere: looked for .*found no such folder"):
         VishwamAITokenizer.from_pretrained(tmp_path / "nowhere")
     (tmp_path / "vocab.txt").write_text("a")
     with pytest.raises(FileNotFoundError, match="found vocab.txt"):
@@ -305,6 +307,15 @@ def test_errors_of_files(tmp_path, tiny):
         tiny.id_to_token(-1)
 
 
+def test_the_tiny_tokenizer_in_configs_is_what_the_code_builds(tmp_path):
+    build_tiny_tokenizer(ALPHABET, PIECES, load_template("qwen3"), tmp_path)
+    committed = Path(__file__).parents[2] / "configs" / "tokenizers" / "parsit_tiny"
+    names = sorted(path.name for path in committed.iterdir())
+    assert names == ["tokenizer.json", "tokenizer_config.json"]
+    assert filecmp.cmpfiles(committed, tmp_path, names, shallow=False) == (names, [], [])
+    assert sum(path.stat().st_size for path in committed.iterdir()) < 100_000
+
+
 def test_tiny_refuses_doubled_and_single_character_pieces(tmp_path):
     with pytest.raises(ValueError, match=r"twice: \['a'\]"):
         build_tiny_tokenizer("aba", [], "", tmp_path)
@@ -312,7 +323,7 @@ def test_tiny_refuses_doubled_and_single_character_pieces(tmp_path):
         build_tiny_tokenizer("ab", ["c"], "", tmp_path)
 
 
-# --- SentencePiece -------------------------------------------------------------------------------------------------
+# --- SentencePiece ---
 
 
 def test_sentencepiece_ids_are_its_own(sentencepiece_model):
@@ -346,9 +357,7 @@ def test_sentencepiece_symbols(sentencepiece_model):
     }
     text = "<s> hello<|image_pad|><|image_pad|>the <|im_end|> fox</s>"
     ids = tokenizer.encode(text)
-    assert [
-        tokenizer.id_to_token(id) for id in ids if tokenizer.id_to_token(id) in tokenizer.added_tokens
-    ] == [
+    assert [tokenizer.id_to_token(id) for id in ids if tokenizer.id_to_token(id) in tokenizer.added_tokens] == [
         "<s>",
         "<|image_pad|>",
         "<|image_pad|>",

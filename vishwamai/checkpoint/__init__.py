@@ -4,13 +4,22 @@ Orbax's `CheckpointManager` (the v0 API, which v1's `Checkpointer` itself stands
 `parameters` and `optimizer`, each a flat {name: array}, and `about` (JSON: format version, step, data position).
 """
 
-from vishwamai.checkpoint.store import (
+from vishwamai.checkpoint.arrays import (
     CheckpointError,
-    Checkpoints,
     latest_step,
+    load_arrays,
     load_parameters,
     save_parameters,
     steps,
 )
+from vishwamai.checkpoint.store import Checkpoints
 
-__all__ = ["CheckpointError", "Checkpoints", "latest_step", "load_parameters", "save_parameters", "steps"]
+__all__ = [
+    "CheckpointError",
+    "Checkpoints",
+    "latest_step",
+    "load_arrays",
+    "load_parameters",
+    "save_parameters",
+    "steps",
+]

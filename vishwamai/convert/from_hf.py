@@ -12,7 +12,16 @@ from vishwamai.convert.folder import CARRIED, NAMES, fresh_folder
 from vishwamai.convert.source import Published, open_source
 from vishwamai.tokenizer import TOKENIZER_FILES
 
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.h5", "*.msgpack", "*.pth", "*.gguf")
+_WEIGHTS = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.bin",
+    "*.bin.index.json",
+    "*.h5",
+    "*.msgpack",
+    "*.pth",
+    "*.gguf",
+)
 
 
 def from_hf(source: str | Path, destination: str | Path) -> Published:

@@ -19,7 +19,14 @@ log = logging.getLogger(__name__)
 
 Source = Published | Run
 # Changing these keeps every weight's shape and meaning: a run may well do so.
-_FREE = {"max_position_embeddings", "initializer_range", "image_token_id", "image_mask", "vision_feature_layer", "pooling"}
+_FREE = {
+    "max_position_embeddings",
+    "initializer_range",
+    "image_token_id",
+    "image_mask",
+    "vision_feature_layer",
+    "pooling",
+}
 
 
 def load_parameters(source: str | Path | Mapping[str, str], family: Family, config: Config) -> nnx.State:
@@ -33,36 +40,44 @@ def load_parameters(source: str | Path | Mapping[str, str], family: Family, conf
         ConfigError: a part that the model doesn't have, weights of another model, or of one with another config.
     """
     abstract = abstract_parameters(family.build, config)
+    rows = family.layout.rows(config)
     if not isinstance(source, Mapping):
         opened = open_source(source)
         _same_family(opened, family.name, "init_from")
         _same_architecture(opened, config, "init_from")
-        return nnx.from_flat_state(_read(opened, family.layout.rows(config), abstract))
+        return nnx.from_flat_state(_read(opened, rows, abstract))
     found = []
     for part, place in source.items():
-        found += _load_part(part, open_source(place), family, config, abstract)
+        inside = [row for row in rows if row.ours[0].startswith(f"{part}.")]
+        if not inside:
+            parts = sorted({row.ours[0].split(".")[0] for row in rows})
+            raise ConfigError(f"init_from.{part}: a {family.name} has no such part; its parts: {', '.join(parts)}")
+        found += _read_part(part, open_source(place), inside, family, config, abstract)
     return nnx.from_flat_state(found)
 
 
-def _load_part(part: str, opened: Source, family: Family, config: Config, abstract: nnx.State) -> list:
-    where, prefix = f"init_from.{part}", f"{part}."
-    rows = [row for row in family.layout.rows(config) if row.ours[0].startswith(prefix)]
-    if not rows:
-        parts = sorted({row.ours[0].split(".")[0] for row in family.layout.rows(config)})
-        raise ConfigError(f"{where}: a {family.name} has no such part; its parts: {', '.join(parts)}")
+def _read_part(
+    part: str, opened: Source, rows: list[Row], family: Family, config: Config, abstract: nnx.State
+) -> list[Parameter]:
+    where = f"init_from.{part}"
     if opened.family.name == family.name:
+        _same_architecture(opened, config, where, part)
         return _read(opened, rows, abstract)
     if part not in family.layout.parts:
         raise ConfigError(f"{where}: {opened.folder} holds a {opened.family.name}, expected a {family.name}")
     _same_family(opened, family.layout.parts[part], where)
     _same_architecture(opened, _part_config(config, opened), where)
-    inner = [
-        dataclasses.replace(row, theirs=row.theirs.removeprefix(prefix), ours=row.ours) for row in rows
-    ]
-    return _read(opened, inner, abstract)
+    alone = [dataclasses.replace(row, theirs=row.theirs.removeprefix(f"{part}.")) for row in rows]
+    return _read(opened, alone, abstract)
 
 
-def _read(opened: Source, rows: list[Row], abstract: nnx.State) -> list:
+def _read(opened: Source, rows: list[Row], abstract: nnx.State) -> list[Parameter]:
+    """The parameters of `rows`; of a run whose own table has these rows, as they lie there."""
+    wanted = {ours for row in rows for ours in row.ours}
+    own = {ours: row for row in opened.family.layout.rows(opened.config) for ours in row.ours}
+    if isinstance(opened, Run) and all(ours in own and own[ours].layers == row.layers for row in rows for ours in row.ours):
+        paths = {state_path(ours) for ours in wanted}
+        return [(path, value) for path, value in nnx.to_flat_state(opened.parameters("float32")) if path in paths]
     return read_parameters(opened.tensors, rows, abstract, np.dtype(np.float32))
 
 

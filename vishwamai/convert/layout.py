@@ -27,9 +27,10 @@ TRANSPOSE = Transform(np.transpose, np.transpose)  # our kernels are [in, out], 
 
 
 def convolution(channels: int, size: int) -> Transform:
-    """A patch embedding: our [C, D] kernel, C in (channel, row, column) order, and torch's [D, channels, size, size]."""
+    """A patch embedding: our [C, D], C in (channel, row, column) order, and torch's [D, channels, size, size]."""
     return Transform(
-        lambda kernel: kernel.T.reshape(-1, channels, size, size), lambda weight: weight.reshape(len(weight), -1).T
+        lambda kernel: kernel.T.reshape(-1, channels, size, size),
+        lambda weight: weight.reshape(len(weight), -1).T,
     )
 
 

@@ -116,7 +116,9 @@ def check_names(weights: Weights, layout: Layout, config: Any, naming: Naming) -
     lines = [*_list("is missing", missing, surplus or sorted(weights))]
     lines += _list("is left over", surplus, missing or sorted(expected))
     if lines:
-        raise ConfigError(f"{weights.folder} does not hold the tensors that its config asks for:\n  " + "\n  ".join(lines))
+        raise ConfigError(
+            f"{weights.folder} does not hold the tensors that its config asks for:\n  " + "\n  ".join(lines)
+        )
 
 
 def repeated(weights: Weights, layout: Layout, config: Any, naming: Naming) -> dict[str, str]:

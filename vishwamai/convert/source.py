@@ -30,7 +30,16 @@ from vishwamai.convert.parameters import (
 from vishwamai.convert.weights import Weights
 from vishwamai.families import Family
 
-_HUB_FILES = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.txt", "*.model", "*.md", "LICENSE*")
+_HUB_FILES = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.json",
+    "*.jinja",
+    "*.txt",
+    "*.model",
+    "*.md",
+    "LICENSE*",
+)
 
 
 @dataclass(frozen=True)
@@ -153,7 +162,9 @@ def download(place: str) -> Path:
     try:
         return Path(huggingface_hub.snapshot_download(place, allow_patterns=_HUB_FILES))
     except GatedRepoError:
-        raise ConfigError(f"{place} asks for consent at the Hugging Face hub: log in there first (`hf auth login`)") from None
+        raise ConfigError(
+            f"{place} asks for consent at the Hugging Face hub: log in there first (`hf auth login`)"
+        ) from None
     except RepositoryNotFoundError:
         raise ConfigError(f"there is no folder {place}, and no model of that name at the Hugging Face hub") from None
     except Exception as error:  # the hub's client raises errors of several HTTP libraries

@@ -94,7 +94,11 @@ def _both_nested(a: Any, b: Any) -> bool:
 
 def _write_companions(opened: Run, folder: Path) -> None:
     tokenizer = VishwamAITokenizer.from_pretrained(opened.folder)
-    ids = {"eos_token_id": list(tokenizer.eos_token_ids), "pad_token_id": tokenizer.pad_id, "bos_token_id": tokenizer.bos_id}
+    ids = {
+        "eos_token_id": list(tokenizer.eos_token_ids),
+        "pad_token_id": tokenizer.pad_id,
+        "bos_token_id": tokenizer.bos_id,
+    }
     known = {key: value for key, value in ids.items() if value not in (None, [])}
     _write_json(folder / "generation_config.json", known)
     for name, content in opened.family.layout.companions(opened.config, tokenizer).items():

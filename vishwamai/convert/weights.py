@@ -52,7 +52,9 @@ def _shards(folder: Path) -> dict[Path, set[str] | None]:
         try:
             homes = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{folder / INDEX} is no index of safetensors ({error!r}): fetch the file again") from None
+            raise ConfigError(
+                f"{folder / INDEX} is no index of safetensors ({error!r}): fetch the file again"
+            ) from None
         found = {}
         for name, file in homes.items():
             found.setdefault(folder / Path(file).name, set()).add(name)

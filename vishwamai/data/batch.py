@@ -45,7 +45,7 @@ class Batch:
 
 
 def text_batch(tokens: Array, attention_mask: Array | None = None) -> Batch:
-    """A batch of whole rows, one example each; `attention_mask` (B T, 0 = padding on either side) as in Transformers."""
+    """A batch of whole rows, one example each; `attention_mask` (B T, 0 = padding, on either side) as Transformers."""
     tokens = np.asarray(tokens, np.int32)
     if tokens.ndim != 2:
         raise ValueError(f"token ids must have shape B T, found {tokens.shape}")
@@ -54,6 +54,4 @@ def text_batch(tokens: Array, attention_mask: Array | None = None) -> Batch:
         raise ValueError(f"attention_mask has shape {mask.shape}, token ids have {tokens.shape}")
     positions = np.maximum(np.cumsum(mask, axis=1, dtype=np.int32) - 1, 0)
     weights = mask.astype(np.float32)
-    return Batch(
-        tokens=tokens, positions=positions, segment_ids=(mask != 0).astype(np.int32), loss_weights=weights
-    )
+    return Batch(tokens=tokens, positions=positions, segment_ids=(mask != 0).astype(np.int32), loss_weights=weights)

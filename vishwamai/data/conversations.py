@@ -2,7 +2,10 @@
 
 from typing import Any
 
+from vishwamai.config import ConfigError
 from vishwamai.data.sources import DataError, Record
+from vishwamai.models.config import TextConfig
+from vishwamai.tokenizer import VishwamAITokenizer
 
 _ROLES = {"human": "user", "gpt": "assistant"}
 
@@ -19,14 +22,10 @@ def messages_of(record: Record) -> list[dict[str, Any]]:
     turns = record.data[keys[0]]
     if not isinstance(turns, list) or not turns:
         raise DataError(f"{record.where}: {keys[0]} is {turns!r:.80}, expected a list of turns")
-    messages = [
-        _message(turn, f"{record.where}: turn {number}") for number, turn in enumerate(turns, start=1)
-    ]
+    messages = [_message(turn, f"{record.where}: turn {number}") for number, turn in enumerate(turns, start=1)]
     if not any(message["role"] == "assistant" for message in messages):
         roles = ", ".join(message["role"] for message in messages)
-        raise DataError(
-            f"{record.where} has no turn of the assistant (gpt) to learn from: its turns are {roles}"
-        )
+        raise DataError(f"{record.where} has no turn of the assistant (gpt) to learn from: its turns are {roles}")
     return messages
 
 
@@ -39,3 +38,12 @@ def _message(turn: Any, where: str) -> dict[str, Any]:
         case _:
             raise DataError(f"{where} is {turn!r:.80}, expected from and value, or role and content")
     return {**others, "role": _ROLES.get(role, role), "content": content}
+
+
+def check_vocabulary(tokenizer: VishwamAITokenizer, config: TextConfig) -> None:
+    """Raises ConfigError when the tokenizer has ids that the model has no embedding for."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ConfigError(
+            f"the tokenizer in {tokenizer.folder} has {tokenizer.vocab_size} ids, the model's vocab_size is "
+            f"{config.vocab_size}: raise it, or name the model's own tokenizer"
+        )

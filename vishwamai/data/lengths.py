@@ -26,7 +26,7 @@ def length_index(
 ) -> Int32[np.ndarray, "N 2"]:
     """(tokens, patches) of every record; `key` is what else `measure` depends on.
 
-    Kept in `$XDG_CACHE_HOME/vishwamai/lengths` under a hash of the files (path, size, time), tokenizer and key.
+    Kept in `$XDG_CACHE_HOME/vishwamai/lengths` under a hash of files (path, size, time), tokenizer, key.
     Raises what `measure` raises.
     """
     parts = json.dumps([_FORMAT, records.fingerprint, _tokenizer_hash(tokenizer), key])

@@ -16,14 +16,10 @@ class BatchSource(Protocol):
         ...
 
 
-def loader(
-    source: BatchSource, start: int, stop: int, *, threads: int = 2, prefetch: int = 4
-) -> Iterator[Batch]:
+def loader(source: BatchSource, start: int, stop: int, *, threads: int = 2, prefetch: int = 4) -> Iterator[Batch]:
     """The batches of steps [start, stop) in order, made ahead of time by threads.
 
     What a batch raises is raised by `next` when its turn comes.
     """
     batches = grain.MapDataset.range(start, stop).map(source.batch)
-    return iter(
-        batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch))
-    )
+    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)))

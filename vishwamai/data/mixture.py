@@ -20,9 +20,8 @@ class RowStream(Protocol):
 def assign(weights: Sequence[Fraction], row: int) -> tuple[int, int]:
     """(stream, its row) that global row number `row` shows.
 
-    Every stream's rows come in order and none is left out. Of the first n rows a stream has its share of n, but
-    for less than one row per stream: the first takes its share of all, the second its share of the rest, and so
-    on.
+    Every stream's rows come in order and none is left out. Of the first n rows a stream has its share,
+    give or take one row per stream: the first takes its share of all, the second its share of the rest, and so on.
     """
     rest = sum(weights)
     for stream, weight in enumerate(weights):

@@ -17,12 +17,19 @@ class Example:
     loss_weights:  weight of predicting each token; the first has nothing before it to be predicted from
     feature_index: which of the example's own image features stands at a token; -1 is text
     images:        the patches of each image (P C), in the order of the features
+    positions:     (row, column) of each patch of each image; None: every image is a whole grid
     """
 
-    tokens: Int32[np.ndarray, "T"]
-    loss_weights: Float32[np.ndarray, "T"]
-    feature_index: Int32[np.ndarray, "T"] | None = None
+    tokens: Int32[np.ndarray, " T"]
+    loss_weights: Float32[np.ndarray, " T"]
+    feature_index: Int32[np.ndarray, " T"] | None = None
     images: tuple[UInt8[np.ndarray, "P C"], ...] = ()
+    positions: tuple[Int32[np.ndarray, "P 2"], ...] | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(tokens, patches) that it takes of a row."""
+        return len(self.tokens), sum(len(pixels) for pixels in self.images)
 
 
 @dataclass(frozen=True)
@@ -59,16 +66,14 @@ class Capacity:
     image: ImageLayout | None = None
 
 
-def first_fit(lengths: Int[np.ndarray, "N 2"], capacity: Capacity) -> Int32[np.ndarray, "N"]:
+def first_fit(lengths: Int[np.ndarray, "N 2"], capacity: Capacity) -> Int32[np.ndarray, " N"]:
     """The row of each example: the first with room for its tokens and its patches, or a new one.
 
     Raises ValueError when an example fits no row.
     """
     lengths = np.asarray(lengths, np.int64).reshape(-1, 2)
     if len(lengths) and (lengths.max(axis=0) > (capacity.tokens, capacity.patches)).any():
-        raise ValueError(
-            f"an example needs more than a row's {capacity.tokens} tokens and {capacity.patches} patches"
-        )
+        raise ValueError(f"an example needs more than a row's {capacity.tokens} tokens and {capacity.patches} patches")
     row_of = np.zeros(len(lengths), np.int32)
     tokens, patches = np.full(len(lengths), capacity.tokens), np.full(len(lengths), capacity.patches)
     least_tokens, least_patches = lengths.min(axis=0, initial=capacity.tokens)
@@ -97,7 +102,7 @@ def collate(rows: Sequence[Sequence[Example]], capacity: Capacity) -> Batch:
         grid = image.positions
 
     for b, examples in enumerate(rows):
-        used, shown = 0, 0
+        used, placed, shown = 0, 0, 0
         for segment, example in enumerate(examples, start=1):
             end = used + len(example.tokens)
             if end > capacity.tokens:
@@ -106,17 +111,18 @@ def collate(rows: Sequence[Sequence[Example]], capacity: Capacity) -> Batch:
             positions[b, used:end] = np.arange(end - used)
             segment_ids[b, used:end] = segment
             loss_weights[b, used:end] = example.loss_weights
-            loss_weights[b, used] = 0
+            pass
             if example.feature_index is not None and image is not None:
                 index = example.feature_index
-                feature_index[b, used:end] = np.where(index >= 0, index + shown * image.tokens, -1)
+                feature_index[b, used:end] = np.where(index >= 0, index + placed // image.patches_per_feature, -1)
             used = end
-            for pixels in example.images:
-                if image is None or (shown + 1) * image.patches > capacity.patches:
+            for i, pixels in enumerate(example.images):
+                if image is None or placed + len(pixels) > capacity.patches:
                     raise ValueError(f"row {b} holds {capacity.patches} patches, its images need more")
-                at = slice(shown * image.patches, (shown + 1) * image.patches)
-                patches[b, at], patch_positions[b, at] = pixels, grid
-                shown += 1
+                at = slice(placed, placed + len(pixels))
+                patches[b, at] = pixels
+                patch_positions[b, at] = grid if example.positions is None else example.positions[i]
+                placed, shown = at.stop, shown + 1
                 patch_segment_ids[b, at] = shown
 
     text = Batch(tokens=tokens, positions=positions, segment_ids=segment_ids, loss_weights=loss_weights)

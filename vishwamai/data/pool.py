@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 import numpy as np
-from grain.experimental import index_shuffle
 from jaxtyping import Int, Int64
 
 from vishwamai.data.packing import Capacity, Example, first_fit
@@ -33,18 +32,18 @@ class TooLong(StrEnum):
 class Plan:
     """Which examples share a row: row r holds `order[starts[r] : starts[r + 1]]`."""
 
-    order: Int64[np.ndarray, "N"]
-    starts: Int64[np.ndarray, "R"]
+    order: Int64[np.ndarray, " N"]
+    starts: Int64[np.ndarray, " R"]
 
     def __len__(self) -> int:
         return len(self.starts) - 1
 
-    def __getitem__(self, row: int) -> Int64[np.ndarray, "n"]:
+    def __getitem__(self, row: int) -> Int64[np.ndarray, " n"]:
         return self.order[self.starts[row] : self.starts[row + 1]]
 
 
 def plan(
-    indices: Int[np.ndarray, "N"], lengths: Int[np.ndarray, "M 2"], capacity: Capacity, seed: Sequence[int]
+    indices: Int[np.ndarray, " N"], lengths: Int[np.ndarray, "M 2"], capacity: Capacity, seed: Sequence[int]
 ) -> Plan:
     """Packs the examples `indices` of a pool with these (tokens, patches)."""
     shuffled = np.random.default_rng(seed).permutation(np.asarray(indices, np.int64))
@@ -60,7 +59,7 @@ def plan(
 
 def fitting(
     lengths: Int[np.ndarray, "N 2"], capacity: Capacity, too_long: TooLong, where: Callable[[int], str]
-) -> Int64[np.ndarray, "n"]:
+) -> Int64[np.ndarray, " n"]:
     """The examples that fit a row. Raises DataError when one doesn't (or, with `skip`, when none does)."""
     fits = (lengths <= (capacity.tokens, capacity.patches)).all(axis=1)
     left_out = np.flatnonzero(~fits)
@@ -99,6 +98,8 @@ class PackedPool:
 
     def row(self, index: int) -> list[Example]:
         """The examples of row `index`, counted over all epochs."""
+        from grain.experimental import index_shuffle  # here, so that opening a model does without grain
+
         epoch, place = divmod(index, len(self.plan))
         seed = int(np.random.SeedSequence([*self.seed, epoch]).generate_state(1)[0])
         row = index_shuffle(place, max_index=len(self.plan) - 1, seed=seed, rounds=_ROUNDS)

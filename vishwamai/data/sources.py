@@ -41,7 +41,7 @@ class FilesConfig(Config):
 
 @dataclass(frozen=True)
 class Record:
-    """One object of a file: `where` names it in errors, `path` is its file and `files` the config that named that."""
+    """One object of the file `path`, which `files` named; `where` is what errors call it."""
 
     data: dict[str, Any]
     where: str
@@ -59,9 +59,7 @@ def chosen(strategy: str, count: int, seed: Sequence[int], where: str) -> np.nda
     part, _, amount = strategy.rpartition(":")
     taken = math.ceil(float(amount[:-1]) * count / 100) if amount.endswith("%") else int(amount)
     if taken > count:
-        raise DataError(
-            f"{where} holds {count} examples, sampling_strategy {strategy} asks for more: say all"
-        )
+        raise DataError(f"{where} holds {count} examples, sampling_strategy {strategy} asks for more: say all")
     if part == "first":
         return np.arange(taken)
     if part == "end":
@@ -109,9 +107,7 @@ class JsonList:
         self.path = path
         self.items = _parsed(path.read_bytes(), str(path))
         if not isinstance(self.items, list):
-            raise DataError(
-                f"{path} holds {_kind(self.items)}, expected a list (an object per line is .jsonl)"
-            )
+            raise DataError(f"{path} holds {_kind(self.items)}, expected a list (an object per line is .jsonl)")
 
     def __len__(self) -> int:
         return len(self.items)
@@ -142,9 +138,7 @@ class Records(Sequence[Record]):
             taken = chosen(config.sampling_strategy, len(source), seed, str(path))
             self._parts.append((source, taken, config))
             stat = path.stat()
-            self.fingerprint.append(
-                [str(path.resolve()), stat.st_size, stat.st_mtime_ns, config.model_dump(), seed]
-            )
+            self.fingerprint.append([str(path.resolve()), stat.st_size, stat.st_mtime_ns, config.model_dump(), seed])
         self._ends = list(accumulate(len(taken) for _, taken, _ in self._parts))
         if not len(self):
             raise DataError(f"no examples are taken from {', '.join(file.json_path for file in files)}")
@@ -159,9 +153,7 @@ class Records(Sequence[Record]):
         source, taken, config = self._parts[part]
         data, where = source[int(taken[index - (self._ends[part] - len(taken))])]
         if not isinstance(data, dict):
-            raise DataError(
-                f"{where} is {_kind(data)}, expected an object with `conversations` or `messages`"
-            )
+            raise DataError(f"{where} is {_kind(data)}, expected an object with `conversations` or `messages`")
         return Record(data, f"{where} (id {data['id']})" if "id" in data else where, source.path, config)
 
 
@@ -175,9 +167,7 @@ def _flattened(config: FilesConfig, schema: type[FilesConfig]) -> Iterator[Files
             continue
         mix = read_yaml(path)
         if list(mix) != ["datasets"] or not isinstance(mix["datasets"], list):
-            raise ConfigError(
-                f"{path} has the keys {', '.join(map(str, mix))}, expected `datasets:` and a list"
-            )
+            raise ConfigError(f"{path} has the keys {', '.join(map(str, mix))}, expected `datasets:` and a list")
         for number, entry in enumerate(mix["datasets"]):
             if not isinstance(entry, dict):
                 raise ConfigError(f"{path}: datasets.{number} is {_kind(entry)}, expected json_path and more")

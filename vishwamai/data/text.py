@@ -5,7 +5,7 @@ from pydantic import Field
 
 from vishwamai.chat import ConversationError, encode_conversation
 from vishwamai.config import Config
-from vishwamai.data.conversations import messages_of
+from vishwamai.data.conversations import check_vocabulary, messages_of
 from vishwamai.data.lengths import length_index
 from vishwamai.data.mixture import MixedBatches
 from vishwamai.data.packing import Capacity, Example
@@ -37,11 +37,10 @@ def example(record: Record, tokenizer: VishwamAITokenizer) -> Example:
 def batch_source(experiment: Experiment, tokenizer: VishwamAITokenizer) -> MixedBatches:
     """Global batches of packed conversations, by step number. Raises DataError for unusable files."""
     data: TextData = experiment.data
+    check_vocabulary(tokenizer, experiment.model)
     seed = (experiment.seed, 0)
     records = Records(data.datasets, seed, FilesConfig)
-    lengths = length_index(
-        records, lambda record: (len(example(record, tokenizer).tokens), 0), tokenizer, "text"
-    )
+    lengths = length_index(records, lambda record: (len(example(record, tokenizer).tokens), 0), tokenizer, "text")
     room = Capacity(data.max_length)
     pool = PackedPool(records, lengths, lambda record: example(record, tokenizer), room, seed, data.too_long)
     return MixedBatches((pool,), (1.0,), room, experiment.training.batch_size)

@@ -1,7 +1,7 @@
 """Grouped-query self-attention with q/k norm, rotary positions and an optional cache."""
 
-import dataclasses
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,15 +14,29 @@ from vishwamai.models.config import TextConfig
 from vishwamai.models.layers import Linear, RMSNorm
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class KVCache:
-    """Keys and values of past tokens. In a decoder's cache every array has a leading layer axis, `length` aside."""
+class KeysValues(NamedTuple):
+    """What one layer's attention reads."""
 
     keys: Float[Array, "B S K H"]
     values: Float[Array, "B S K H"]
-    segment_ids: Int[Array, "B S"]  # 0 = empty or padding
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values of past tokens, with free slots for those to come.
+
+    One pair of arrays per layer, so that each is updated in place; `Transformer.prefill` makes it.
+    """
+
+    layers: tuple[KeysValues, ...]
+    segment_ids: Int[Array, "B S"]  # 0 = padding; a free slot already has the segment of the token that will take it
     length: Int[Array, ""]  # slots written so far, the same for all rows (prompts are padded on the left)
+
+    def mask(self, q_segment_ids: Int[Array, "B T"]) -> Mask:
+        """What the T tokens behind the cached ones see: all of their segment that is cached, and each other causally."""
+        ids = self.segment_ids
+        return Mask(causal=True, q_segment_ids=q_segment_ids, kv_segment_ids=ids, q_offset=self.length)
 
 
 def rotary(positions: Int[Array, "B T"], head_dim: int, theta: float) -> tuple[Array, Array]:
@@ -54,17 +68,25 @@ class Attention(nnx.Module):
         self.head_dim = config.head_dim
 
     def __call__(
-        self, x: Float[Array, "B T D"], angles: tuple[Array, Array], mask: Mask, cache: KVCache | None = None
-    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
-        """`cache` must hold room for T more slots; `mask` then speaks of all its slots (q_offset = cache.length)."""
+        self,
+        x: Float[Array, "B T D"],
+        angles: tuple[Array, Array],
+        mask: Mask,
+        past: KeysValues | None = None,
+        length: Int[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "B T D"], KeysValues]:
+        """The output, and the keys and values that it was made from.
+
+        With `past`, the new ones are written into it from slot `length` on, and `mask` speaks of all its slots.
+        """
         split = (*x.shape[:2], -1, self.head_dim)
         q = rotate(self.q_norm(self.q_proj(x).reshape(split)), angles)
         k = rotate(self.k_norm(self.k_proj(x).reshape(split)), angles)
         v = self.v_proj(x).reshape(split)
-        if cache is not None:
-            start = (0, cache.length, 0, 0)
-            k = jax.lax.dynamic_update_slice(cache.keys, k.astype(cache.keys.dtype), start)
-            v = jax.lax.dynamic_update_slice(cache.values, v.astype(cache.values.dtype), start)
-            cache = dataclasses.replace(cache, keys=k, values=v)
-        out = attention(q, k.astype(q.dtype), v.astype(q.dtype), mask)
-        return self.o_proj(out.reshape(*x.shape[:2], -1)), cache
+        if past is not None:
+            k, v = (
+                jax.lax.dynamic_update_slice(old, new, (0, length, 0, 0))
+                for old, new in zip(past, (k, v), strict=True)
+            )
+        out = attention(q, k, v, mask)
+        return self.o_proj(out.reshape(*x.shape[:2], -1)), KeysValues(k, v)

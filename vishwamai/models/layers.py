@@ -94,3 +94,10 @@ def scan(layers: nnx.Module, body: Callable, carry, inputs=None, checkpoint: Cal
         return body(nnx.merge(graph, layer_state), carry, given)
 
     return jax.lax.scan(checkpoint(step) if checkpoint else step, carry, (state, inputs))
+
+
+def unstack(layers: nnx.Module) -> list[nnx.Module]:
+    """The layers of a stack one by one. Their parameters are copies: a slice read in a loop is copied each time."""
+    graph, state = nnx.split(layers)
+    depth = jax.tree.leaves(state)[0].shape[0]
+    return [nnx.merge(graph, jax.tree.map(lambda x: x[i], state)) for i in range(depth)]

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from vishwamai.config import Config
 from vishwamai.convert.hf_config import Reader, build
 from vishwamai.convert.layout import Layout, Row, inside, linear, norm
+from vishwamai.data.text import TextData, batch_source
 from vishwamai.families import Family
 from vishwamai.models.config import TextConfig
 from vishwamai.models.transformer import Transformer
@@ -97,17 +97,10 @@ def duplicates(config: TextConfig) -> dict[str, str]:
     return {"lm_head.weight": "model.embed_tokens.weight"} if config.tie_word_embeddings else {}
 
 
-def batch_source(experiment, tokenizer):
-    """Global batches of packed text by step number."""
-    from vishwamai.data.text import batch_source as source  # the data code is only needed to train
-
-    return source(experiment, tokenizer)
-
-
 FAMILY = Family(
     name="qwen3",
     model_config=TextConfig,
-    data_config=Config,
+    data_config=TextData,
     build=Transformer,
     text_config=lambda config: config,
     batch_source=batch_source,

@@ -1,6 +1,6 @@
 """The decoder: embed -> layers -> unembed. Document models change only how embeddings are made."""
 
-import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +10,9 @@ from jaxtyping import Array, Float, Int
 
 from kernels import Mask
 from vishwamai.data.batch import Batch
-from vishwamai.models.attention import Attention, KVCache, rotary
+from vishwamai.models.attention import Attention, KeysValues, KVCache, rotary
 from vishwamai.models.config import Remat, TextConfig
-from vishwamai.models.layers import Embedding, Linear, RMSNorm, scan, stack
+from vishwamai.models.layers import Embedding, Linear, RMSNorm, scan, stack, unstack
 
 CHECKPOINT = {
     Remat.NONE: None,
@@ -43,10 +43,10 @@ class DecoderLayer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs=rngs)
         self.mlp = SwiGLU(config, rngs=rngs)
 
-    def __call__(self, x, angles, mask: Mask, cache: KVCache | None = None):
-        attended, cache = self.self_attn(self.input_layernorm(x), angles, mask, cache)
+    def __call__(self, x, angles, mask: Mask, past: KeysValues | None = None, length=None):
+        attended, keys_values = self.self_attn(self.input_layernorm(x), angles, mask, past, length)
         x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), cache
+        return x + self.mlp(self.post_attention_layernorm(x)), keys_values
 
 
 class Transformer(nnx.Module):
@@ -65,8 +65,16 @@ class Transformer(nnx.Module):
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, ("embed", "vocab"), rngs=rngs, init=init)
 
+    @property
+    def language_model(self) -> "Transformer":
+        """What decodes text: of a document model it is a part, here it is all."""
+        return self
+
     def embed(self, batch: Batch, dtype=jnp.float32) -> Float[Array, "B T D"]:
         return self.embed_tokens(batch.tokens, dtype)
+
+    def angles(self, positions: Int[Array, "B T"]) -> tuple[Array, Array]:
+        return rotary(positions, self.config.head_dim, self.config.rope_theta)
 
     def decoder(
         self,
@@ -75,32 +83,45 @@ class Transformer(nnx.Module):
         mask: Mask,
         cache: KVCache | None = None,
         remat: Remat = Remat.NONE,
+        layers: Sequence[DecoderLayer] | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
-        """All layers and the final norm. With a cache (layers stacked), T new tokens are written at `cache.length`."""
-        angles = rotary(positions, self.config.head_dim, self.config.rope_theta)
+        """All layers and the final norm.
 
-        def layer(module: DecoderLayer, x, layer_cache):
-            return module(x, angles, mask, layer_cache)
+        With a cache, T more tokens of each row are written into it; `mask` is then `cache.mask(...)`. `layers` are
+        `unstack(self.layers)`: whoever decodes in a loop makes them once, before the loop.
+        """
+        angles = self.angles(positions)
+        if cache is None:
+            body = lambda layer, x, _: (layer(x, angles, mask)[0], None)  # noqa: E731
+            x, _ = scan(self.layers, body, x, None, CHECKPOINT[remat])
+            return self.norm(x), None
+        written = []
+        for layer, past in zip(layers or unstack(self.layers), cache.layers, strict=True):
+            x, keys_values = layer(x, angles, mask, past, cache.length)
+            written.append(keys_values)
+        return self.norm(x), KVCache(tuple(written), cache.segment_ids, cache.length + positions.shape[1])
 
-        per_layer = None
-        if cache is not None:
-            depth = self.config.num_hidden_layers
-            per_layer = dataclasses.replace(
-                cache,
-                segment_ids=jnp.broadcast_to(cache.segment_ids, (depth, *cache.segment_ids.shape)),
-                length=jnp.broadcast_to(cache.length, (depth,)),
-            )
-        x, written = scan(self.layers, layer, x, per_layer, CHECKPOINT[remat])
-        if cache is not None:
-            cache = dataclasses.replace(
-                cache, keys=written.keys, values=written.values, length=cache.length + positions.shape[1]
-            )
-        return self.norm(x), cache
+    def prefill(
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], mask: Mask, segment_ids: Int[Array, "B S"]
+    ) -> tuple[Float[Array, "B T D"], KVCache]:
+        """As `decoder` without a cache, and a cache of the T tokens with S - T free slots (their segments known)."""
+        angles = self.angles(positions)
+        x, stacked = scan(self.layers, lambda layer, x, _: layer(x, angles, mask), x)
+        length, slots = positions.shape[1], segment_ids.shape[1]
+        free = ((0, 0), (0, slots - length), (0, 0), (0, 0))
+        layers = tuple(
+            jax.tree.map(lambda all_layers: jnp.pad(all_layers[i], free), stacked)
+            for i in range(self.config.num_hidden_layers)
+        )
+        return self.norm(x), KVCache(layers, segment_ids, jnp.int32(length))
+
+    def mask(self, batch: Batch) -> Mask:
+        """Causal inside each example of a row."""
+        return Mask(causal=True, q_segment_ids=batch.segment_ids, kv_segment_ids=batch.segment_ids)
 
     def hidden_states(self, batch: Batch, dtype=jnp.float32, remat: Remat = Remat.NONE) -> Float[Array, "B T D"]:
         """Final hidden states of whole rows; packed examples do not see each other."""
-        mask = Mask(causal=True, q_segment_ids=batch.segment_ids, kv_segment_ids=batch.segment_ids)
-        return self.decoder(self.embed(batch, dtype), batch.positions, mask, remat=remat)[0]
+        return self.decoder(self.embed(batch, dtype), batch.positions, self.mask(batch), remat=remat)[0]
 
     def unembed(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Float32 logits."""

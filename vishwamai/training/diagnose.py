@@ -25,9 +25,8 @@ def explain(trainer: Trainer, state: TrainState, batch: Batch, run_dir: Path) ->
     np.savez(file, **jax.tree.map(np.asarray, batch.as_dict()))
     culprits = [*_culprits(state.parameters, "parameter"), *_culprits(gradients, "gradient")]
     if not culprits:
-        norms = {name: float(jnp.linalg.norm(x.astype(jnp.float32).ravel() / 1e18)) * 1e18 for name, x in _arrays(gradients)}
-        largest = max(norms, key=norms.get)
-        culprits = [f"every number is finite, but their norm overflows; the largest: {largest} ({norms[largest]:.3g})"]
+        largest, value = max(((name, float(jnp.abs(x).max())) for name, x in _arrays(gradients)), key=lambda pair: pair[1])
+        culprits = [f"every number is finite, but their norm overflows; the largest is in {largest}: {value:.3g}"]
     shown = "\n  ".join(culprits[:20]) + (f"\n  ... and {len(culprits) - 20} more" if len(culprits) > 20 else "")
     return NonFiniteGradients(
         f"step {step} has gradients that are not finite (loss {loss}); nothing was updated:\n  {shown}\n"

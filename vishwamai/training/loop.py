@@ -74,8 +74,9 @@ def train(
         if step % experiment.logging.every and step != steps:
             return
         seconds = (time.perf_counter() - clock.began) / clock.steps
-        line = {"step": step, "loss": line.pop("loss"), "tokens_per_second": clock.tokens / clock.steps / seconds} | line
-        line |= {"seconds": seconds, "data_wait": clock.waited / clock.steps / seconds, "memory_gb": memory_gb()}
+        speed = {"tokens_per_second": clock.tokens / clock.steps / seconds, "seconds": seconds}
+        line = {"step": step, "loss": line.pop("loss")} | speed | line
+        line |= {"data_wait": clock.waited / clock.steps / seconds, "memory_gb": memory_gb()}
         if peak:
             flops = flops_per_step(trainer.abstract, text_config, batch)
             line["mfu"] = flops / seconds / (peak * trainer.mesh.size)

@@ -14,9 +14,10 @@ class ProgressReport:
 
     def __init__(self, start: int, steps: int, console: Console | None = None):
         self._console = console or Console()
-        self._start, self._steps = start, steps
+        self._steps = steps
         self._bar: Progress | None = None
-        self._began = self._last_line = time.monotonic()
+        self._first: tuple[float, int] | None = None
+        self._last_line = 0.0
         if self._console.is_terminal:
             self._bar = Progress(
                 TextColumn("step"),
@@ -45,10 +46,14 @@ class ProgressReport:
         told = f"loss {line['loss']:.4f}  {line['tokens_per_second']:,.0f} tokens/s"
         if self._bar:
             self._bar.update(self._task, completed=step, told=told)
-        elif step in (self._start + 1, self._steps) or now - self._last_line >= SECONDS_BETWEEN_LINES:
+            return
+        # The first line comes after compiling, which says nothing of the speed of what follows.
+        first = self._first is None
+        began, at = self._first = self._first or (now, step)
+        if first or step == self._steps or now - self._last_line >= SECONDS_BETWEEN_LINES:
             self._last_line = now
-            left = (now - self._began) / (step - self._start) * (self._steps - step)
-            self._console.print(f"step {step}/{self._steps}  {told}  {duration(left)} left", highlight=False)
+            left = "" if first else f"  {duration((now - began) / (step - at) * (self._steps - step))} left"
+            self._console.print(f"step {step}/{self._steps}  {told}{left}", highlight=False, soft_wrap=True)
 
 
 def duration(seconds: float) -> str:

@@ -66,10 +66,16 @@ def load_config(run_dir: str | Path) -> Experiment:
 
 
 def open_tokenizer(experiment: Experiment) -> VishwamAITokenizer:
-    """The tokenizer that a run uses: its own copy once it can be resumed, so that it reads on as it did."""
+    """The tokenizer that a run uses: its own copy once it can be resumed, so that it reads on as it did.
+
+    Raises ConfigError where there is none, or none that can be read.
+    """
     own = Path(experiment.run_dir) / TOKENIZER
     resumed = own.is_dir() and checkpoint.steps(experiment.run_dir)
-    return VishwamAITokenizer.from_pretrained(own if resumed else experiment.tokenizer)
+    try:
+        return VishwamAITokenizer.from_pretrained(own if resumed else experiment.tokenizer)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"tokenizer: {error}") from error
 
 
 def write_text(path: Path, text: str) -> None:

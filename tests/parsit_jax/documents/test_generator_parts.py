@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from parsit_jax.documents import generator
-from parsit_jax.documents.generator import KINDS, Split, values
+from parsit_jax.documents.generator import FONTS, KINDS, Split, values
+from parsit_jax.documents.generator.page import arrange, centre, left, right, row
 from parsit_jax.documents.generator.values import Source, day_key, in_split
 
 
@@ -94,3 +95,19 @@ def test_text_lies_inside_the_page_and_touches_nothing(kind, size, monkeypatch):
                 x0, y0, x1, y1 = stroke.box
                 assert 0 <= x0 <= x1 < page.width and 0 <= y0 <= y1 < page.height
                 assert not overlap(box, (x0, y0, x1 + 1, y1 + 1)), (page.transcription, box, stroke)
+
+
+@pytest.mark.parametrize("font", FONTS)
+def test_tall_letters_in_tight_rows_do_not_touch(font):
+    rows = [row(centre("|[j{g")) for _ in range(8)]
+    for seed in range(5):
+        page = arrange(source(Split.TRAIN, seed), rows, font, 124, 128, border=True)
+        assert page is not None
+        boxes = sorted((run.box for run in page.runs), key=lambda box: box[1])
+        assert all(above[3] < below[1] for above, below in zip(boxes, boxes[1:], strict=False))
+
+
+def test_what_does_not_fit_is_refused():
+    assert arrange(source(Split.TRAIN), [row(left("W" * 40))], "DejaVuSans", 128, 128) is None
+    assert arrange(source(Split.TRAIN), [row(left("W"))] * 20, "DejaVuSans", 128, 128) is None
+    assert arrange(source(Split.TRAIN), [row(left("W" * 8), right("W" * 8))], "DejaVuSans", 128, 128) is None

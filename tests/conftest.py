@@ -1,0 +1,27 @@
+"""What all tests share: 8 simulated CPU devices, compiled programs kept between runs, and the folder of real data."""
+
+import os
+from pathlib import Path
+
+import jax
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Before anything touches JAX. A test that wants a GPU says so with JAX_PLATFORMS.
+    if "JAX_PLATFORMS" not in os.environ:
+        jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8)
+    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Real pages, tokenizers and test vectors that lie beside the repository, not in it."""
+    folder = ROOT.parent / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip(f"needs the real data in {folder.parent.name}/{folder.name} beside the repository")
+    return folder

@@ -1,0 +1,106 @@
+"""The loss against a float64 reference written as loops over examples, forward and backward."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose
+
+from vishwamai.training.losses import loss_weights, next_token_loss
+
+
+class Unembed:
+    """A model that is nothing but its output matrix."""
+
+    def __init__(self, table):
+        self.table = table
+
+    def unembed(self, x):
+        return jnp.einsum("...d,vd->...v", x, self.table, preferred_element_type=jnp.float32)
+
+
+def reference(hidden, table, batch, z_loss):
+    """Loss sum, hits, and gradients by hidden states and table, in float64, one prediction after the other."""
+    hidden, table = np.float64(hidden), np.float64(table)
+    loss = penalty = hits = 0.0
+    by_hidden, by_table = np.zeros_like(hidden), np.zeros_like(table)
+    rows, length = batch.tokens.shape
+    for b in range(rows):
+        for t in range(length - 1):
+            if batch.segment_ids[b, t] == 0 or batch.segment_ids[b, t] != batch.segment_ids[b, t + 1]:
+                continue
+            weight, target = float(batch.loss_weights[b, t + 1]), batch.tokens[b, t + 1]
+            logits = table @ hidden[b, t]
+            log_z = np.log(np.exp(logits - logits.max()).sum()) + logits.max()
+            probabilities = np.exp(logits - log_z)
+            loss += weight * (log_z - logits[target])
+            penalty += weight * z_loss * log_z**2
+            hits += weight * (logits.argmax() == target)
+            by_logits = weight * (1 + 2 * z_loss * log_z) * probabilities
+            by_logits[target] -= weight
+            by_hidden[b, t] += table.T @ by_logits
+            by_table += np.outer(by_logits, hidden[b, t])
+    return loss, penalty, hits, by_hidden, by_table
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+@pytest.mark.parametrize("chunk", [1, 5, 21, 512])
+def test_equals_the_reference_for_any_chunk(source, chunk, z_loss):
+    batch = source.batch(0)
+    draw = np.random.default_rng(1)
+    hidden = draw.normal(size=(*batch.tokens.shape, 6)).astype(np.float32)
+    table = draw.normal(size=(64, 6)).astype(np.float32)
+
+    def loss(hidden, table):
+        return next_token_loss(Unembed(table), hidden, batch, z_loss=z_loss, chunk=chunk)
+
+    (total, sums), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(hidden, table)
+    cross_entropy, penalty, hits, by_hidden, by_table = reference(hidden, table, batch, z_loss)
+    assert_allclose(sums["loss"], cross_entropy, rtol=1e-6)
+    assert_allclose(sums["z_loss"], penalty, rtol=1e-6)
+    assert_allclose(total, cross_entropy + penalty, rtol=1e-6)
+    assert_allclose(sums["hits"], hits)
+    assert_allclose(grads[0], by_hidden, atol=1e-5)
+    assert_allclose(grads[1], by_table, atol=1e-4)
+
+
+def test_extreme_logits_stay_finite(source):
+    batch = source.batch(0)
+    hidden = np.full((*batch.tokens.shape, 2), 1e4, np.float32)
+    table = np.random.default_rng(0).normal(size=(64, 2)).astype(np.float32)
+    gradient = jax.grad(lambda h: next_token_loss(Unembed(table), h, batch)[0])(hidden)
+    assert np.isfinite(gradient).all()
+
+
+def test_weights_shift_and_stop_at_the_end_of_an_example(source):
+    batch = source.batch(0)
+    batch = replace(
+        batch,
+        segment_ids=np.array([[1, 1, 1, 2, 2, 0]]),
+        loss_weights=np.array([[9, 0.5, 1, 9, 2, 9]], np.float32),
+    )
+    assert_allclose(loss_weights(batch), [[0.5, 1, 0, 2, 0, 0]])
+
+
+def test_logits_of_the_whole_batch_never_exist(source):
+    """No array in the forward or backward pass is as large as rows x length x vocabulary."""
+    batch = source.batch(0)
+    hidden, table = jnp.zeros((*batch.tokens.shape, 6)), jnp.zeros((64, 6))
+    loss = lambda h, w, chunk: next_token_loss(Unembed(w), h, batch, chunk=chunk)[0]  # noqa: E731
+    whole = batch.tokens.size * 64
+
+    def largest(chunk):
+        jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)), static_argnums=2)(hidden, table, chunk)
+        return max(sizes(jaxpr.jaxpr))
+
+    assert largest(chunk=3) == 8 * 3 * 64 < whole
+    assert largest(chunk=21) == whole
+
+
+def sizes(jaxpr):
+    for equation in jaxpr.eqns:
+        yield from (np.prod(v.aval.shape) for v in equation.outvars)
+        for inner in jax.core.jaxprs_in_params(equation.params):
+            yield from sizes(inner)

@@ -1,0 +1,93 @@
+"""Which token comes next."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Key
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn.
+
+    temperature: divides the logits; 0 takes the most likely token and leaves the rest aside.
+    top_k: draw from the k most likely tokens; None is all.
+    top_p: draw from the fewest most likely tokens (of those k) whose probabilities add up to at least this; None is
+        all (nucleus sampling, Holtzman et al. 2020). Tokens as likely as the last one taken are taken too, as in top_k.
+    seed: of the random numbers; a row's tokens depend on it and on the row's number, not on the other rows.
+
+    Raises ValueError for a value out of range.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature={self.temperature}: expected 0 (the most likely token) or a positive number")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k={self.top_k}: expected at least 1, or None for all tokens")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p}: expected a share above 0 and up to 1, or None for all tokens")
+
+    def settings(self, rows: int, vocab_size: int) -> "Settings":
+        """As arrays, so that other values compile nothing anew."""
+        key = jax.random.key(self.seed)
+        return Settings(
+            keys=jax.vmap(lambda row: jax.random.fold_in(key, row))(jnp.arange(rows)),
+            temperature=jnp.float32(self.temperature),
+            top_k=jnp.int32(min(self.top_k or vocab_size, vocab_size)),
+            top_p=jnp.float32(1.0 if self.top_p is None else self.top_p),
+        )
+
+
+class Settings(NamedTuple):
+    keys: Key[Array, "B"]
+    temperature: Float[Array, ""]
+    top_k: Int[Array, ""]
+    top_p: Float[Array, ""]
+
+
+def sample(logits: Float[Array, "B V"], settings: Settings, step: Int[Array, ""]) -> Int[Array, "B"]:
+    """One token for each row; `step` is the number of tokens that the row has had."""
+
+    def drawn():
+        kept = jnp.where(likely(logits / settings.temperature, settings.top_k, settings.top_p), logits, -jnp.inf)
+        keys = jax.vmap(jax.random.fold_in, (0, None))(settings.keys, step)
+        return jax.vmap(jax.random.categorical)(keys, kept / settings.temperature)
+
+    greedy = lambda: jnp.argmax(logits, axis=-1)  # noqa: E731
+    return lax.cond(settings.temperature == 0, greedy, drawn).astype(jnp.int32)
+
+
+def likely(logits: Float[Array, "B V"], top_k: Int[Array, ""], top_p: Float[Array, ""]) -> Bool[Array, "B V"]:
+    """The tokens that top_k and then top_p leave."""
+    weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    kept = at_least(weights, jnp.ones_like(weights), top_k.astype(weights.dtype))
+    weights = jnp.where(kept, weights, 0)
+    return kept & at_least(weights, weights, top_p * jnp.sum(weights, axis=-1))
+
+
+def at_least(values: Float[Array, "B V"], amounts: Float[Array, "B V"], total: Float[Array, "..."]) -> Bool[Array, "B V"]:
+    """The largest values of a row, as many as it takes for their amounts to sum up to `total`.
+
+    `values` in [0, 1], float32. The smallest value to keep is searched by bisection of its bits (floats from 0 up are
+    ordered as their bits are): 30 sums are much faster than sorting a vocabulary, on any device.
+    """
+    value_of = lambda bits: lax.bitcast_convert_type(bits, jnp.float32)[:, None]  # noqa: E731
+
+    def halve(_, ends):
+        low, high = ends
+        middle = (low + high) // 2
+        enough = jnp.sum(jnp.where(values >= value_of(middle), amounts, 0), axis=-1) >= total
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    above_one = lax.bitcast_convert_type(jnp.float32(1), jnp.int32) + 1
+    start = jnp.zeros(values.shape[0], jnp.int32), jnp.full(values.shape[0], above_one)
+    low, _ = lax.fori_loop(0, 30, halve, start)  # 1.0 has 30 bits
+    return values >= value_of(low)
