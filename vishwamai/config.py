@@ -1,6 +1,7 @@
 """Configs: YAML -> frozen, typed, validated models, with dotted overrides and errors that name the nearest key."""
 
 import difflib
+import re
 import types
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -82,7 +83,7 @@ def validate(schema: type[Config], tree: dict[str, Any], where: str) -> Any:
 
 
 def describe(schema: type[Config], prefix: str = "") -> Iterator[tuple[str, str, str, str]]:
-    """Every leaf field of a schema as (dotted key, type, default, meaning)."""
+    """Every leaf field of a schema as (dotted key, type, default, meaning); N stands for a place in a list."""
     for name, field in schema.model_fields.items():
         key = f"{prefix}{name}"
         nested = _section_of(field.annotation)
@@ -92,6 +93,9 @@ def describe(schema: type[Config], prefix: str = "") -> Iterator[tuple[str, str,
         required = field.is_required()
         default = "required" if required else _show(field.get_default(call_default_factory=True))
         yield key, _type_name(field.annotation), default, field.description or ""
+        element = _element_of(field.annotation)
+        if element is not None:
+            yield from describe(element, f"{key}.N.")
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
@@ -161,7 +165,7 @@ def _element_of(annotation: Any) -> type[Config] | None:
 def _type_name(annotation: Any) -> str:
     if isinstance(annotation, type) and not get_args(annotation):
         return annotation.__name__
-    return str(annotation).replace("typing.", "").replace("NoneType", "None").replace("vishwamai.", "")
+    return re.sub(r"\b(?:\w+\.)+", "", str(annotation)).replace("NoneType", "None")
 
 
 def _show(value: Any) -> str:

@@ -64,10 +64,10 @@ def _forward(q, k, v, sinks, mask, scale, softcap):
     stats = jnp.promote_types(q.dtype, jnp.float32)
     hidden = jnp.finfo(stats).min / 2
     sink = None if sinks is None else sinks.astype(stats).reshape(1, num_kv_heads, -1, 1, 1)
-    q_rows, k_columns, v_rows = _group(q, num_kv_heads), k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
+    q_rows, k_rows, v_rows = _group(q, num_kv_heads), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
 
     def block(piece, carry, start):
-        logits, _ = _logits(_rows(q_rows, start, piece), k_columns, mask, start, piece, scale, softcap)
+        logits, _ = _logits(_rows(q_rows, start, piece), k_rows, mask, start, piece, scale, softcap)
         top = jnp.max(logits, axis=-1, keepdims=True, initial=hidden)
         top = top if sink is None else jnp.maximum(top, sink)
         weights = jnp.exp(logits - top)
@@ -98,13 +98,13 @@ def _backward(scale, softcap, saved, cotangents):
 
     q_rows, d_out_rows, delta, norm = (_group(x, num_kv_heads) for x in (q, d_out, delta, norm))
     q_columns, d_out_columns = (x.transpose(0, 1, 4, 2, 3) for x in (q_rows, d_out_rows))
-    k_rows, k_columns, v_columns = k.transpose(0, 2, 1, 3), k.transpose(0, 2, 3, 1), v.transpose(0, 2, 3, 1)
+    k_rows, v_rows = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
 
     def block(piece, sums, start):
         keys = slice(piece.low, piece.high)
-        logits, slope = _logits(_rows(q_rows, start, piece), k_columns, mask, start, piece, scale, softcap)
+        logits, slope = _logits(_rows(q_rows, start, piece), k_rows, mask, start, piece, scale, softcap)
         p = jnp.exp(logits - _rows(norm, start, piece))
-        d_p = _dot("bkrh,bkhs->bkrs", _flat(_rows(d_out_rows, start, piece)), v_columns[..., keys])
+        d_p = _dot("bkrh,bksh->bkrs", _flat(_rows(d_out_rows, start, piece)), v_rows[:, :, keys])
         d_logits = p * (d_p.reshape(p.shape) - _rows(delta, start, piece)) * slope
         p, d_logits = _flat(p).astype(v.dtype), _flat(d_logits).astype(q.dtype)
         d_q = _dot("bkrs,bksh->bkrh", d_logits, k_rows[:, :, keys])
@@ -113,7 +113,7 @@ def _backward(scale, softcap, saved, cotangents):
         sums = tuple(total.at[..., keys].add(part) for total, part in zip(sums, (d_k, d_v), strict=True))
         return sums, d_q.reshape(*logits.shape[:-1], -1).astype(q.dtype)
 
-    sums = jnp.zeros(k_columns.shape, lse.dtype), jnp.zeros(v_columns.shape, lse.dtype)
+    sums = tuple(jnp.zeros(x.swapaxes(2, 3).shape, lse.dtype) for x in (k_rows, v_rows))
     d_q = []
     for piece in plan(batch * num_heads, num_queries, num_keys, mask):
         sums, part = _each_block(block, sums, piece)
@@ -129,9 +129,9 @@ def _backward(scale, softcap, saved, cotangents):
 _attention.defvjp(_forward, _backward)
 
 
-def _logits(q, k_columns, mask: Mask, start, piece: Piece, scale, softcap):
+def _logits(q, k_rows, mask: Mask, start, piece: Piece, scale, softcap):
     """Masked logits `B K G R S`, and d logit / d (q · k): the scale, times the soft-cap's slope where there is one."""
-    logits = _dot("bkrh,bkhs->bkrs", _flat(q), k_columns[..., piece.low : piece.high]) * scale
+    logits = _dot("bkrh,bksh->bkrs", _flat(q), k_rows[:, :, piece.low : piece.high]) * scale
     logits, slope = logits.reshape(*q.shape[:-1], -1), scale
     if softcap is not None:
         bounded = jnp.tanh(logits / softcap)

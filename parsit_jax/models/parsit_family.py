@@ -88,9 +88,7 @@ def unsupported(config: ParsitConfig, data: ParsitData | None = None) -> list[st
         found.append(f"model.image_mask={config.image_mask.value}: its image tokens see only what stands before them")
     side = config.vision.image_size
     if data and data.image_size not in (None, (side, side)):
-        found.append(
-            f"data.image_size={list(data.image_size)}: its positions are those of {side} x {side} pixels"
-        )
+        found.append(f"data.image_size={list(data.image_size)}: its positions are those of {side} x {side} pixels")
     return found
 
 

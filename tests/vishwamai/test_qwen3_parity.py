@@ -49,6 +49,14 @@ def test_logits_with_left_and_right_padding(pair):
     assert_close(got[mask == 1], logits[torch.tensor(mask) == 1])
 
 
+def test_logits_with_a_gap_in_the_mask(pair):
+    theirs, ours = pair
+    ids, mask = tokens(1, 20), np.ones((1, 20), int)
+    mask[0, :3], mask[0, 8:12] = 0, 0
+    logits = theirs(torch.tensor(ids), attention_mask=torch.tensor(mask)).logits
+    assert_close(np.asarray(ours(ids, mask))[mask == 1], logits[torch.tensor(mask) == 1])
+
+
 def test_a_long_prompt(pair):
     theirs, ours = pair
     ids = tokens(1, 2000)

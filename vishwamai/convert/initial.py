@@ -1,7 +1,6 @@
 """`init_from`: weights that a training run starts from, of the whole model or of its parts."""
 
 import dataclasses
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,15 +8,15 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
+from vishwamai import families
 from vishwamai.config import Config, ConfigError, differences
 from vishwamai.convert.layout import Row
-from vishwamai.convert.parameters import abstract_parameters, read_parameters
+from vishwamai.convert.parameters import abstract_parameters, read_parameters, state_path
 from vishwamai.convert.source import Published, Run, open_source
 from vishwamai.families import Family
 
-log = logging.getLogger(__name__)
-
 Source = Published | Run
+Parameter = tuple[tuple, nnx.Variable]
 # Changing these keeps every weight's shape and meaning: a run may well do so.
 _FREE = {
     "max_position_embeddings",
@@ -26,6 +25,7 @@ _FREE = {
     "image_mask",
     "vision_feature_layer",
     "pooling",
+    "vision_use_head",
 }
 
 
@@ -44,7 +44,7 @@ def load_parameters(source: str | Path | Mapping[str, str], family: Family, conf
     if not isinstance(source, Mapping):
         opened = open_source(source)
         _same_family(opened, family.name, "init_from")
-        _same_architecture(opened, config, "init_from")
+        _same_architecture(opened, opened.config, config, "init_from")
         return nnx.from_flat_state(_read(opened, rows, abstract))
     found = []
     for part, place in source.items():
@@ -60,31 +60,39 @@ def _read_part(
     part: str, opened: Source, rows: list[Row], family: Family, config: Config, abstract: nnx.State
 ) -> list[Parameter]:
     where = f"init_from.{part}"
+    alone = family.layout.parts.get(part)  # the family of the part where it is a model of its own
     if opened.family.name == family.name:
-        _same_architecture(opened, config, where, part)
+        if alone:
+            kind = families.get(alone).model_config
+            _same_architecture(opened, _section(opened.config, kind), _section(config, kind), where)
         return _read(opened, rows, abstract)
-    if part not in family.layout.parts:
+    if not alone:
         raise ConfigError(f"{where}: {opened.folder} holds a {opened.family.name}, expected a {family.name}")
-    _same_family(opened, family.layout.parts[part], where)
-    _same_architecture(opened, _part_config(config, opened), where)
-    alone = [dataclasses.replace(row, theirs=row.theirs.removeprefix(f"{part}.")) for row in rows]
-    return _read(opened, alone, abstract)
+    _same_family(opened, alone, where)
+    _same_architecture(opened, opened.config, _section(config, opened.family.model_config), where)
+    rows = [dataclasses.replace(row, theirs=row.theirs.removeprefix(f"{part}.")) for row in rows]
+    return _read(opened, rows, abstract)
+
+
+def _section(config: Config, kind: type[Config]) -> Config:
+    """The section of a config that describes a part."""
+    return next(value for value in vars(config).values() if isinstance(value, kind))
 
 
 def _read(opened: Source, rows: list[Row], abstract: nnx.State) -> list[Parameter]:
-    """The parameters of `rows`; of a run whose own table has these rows, as they lie there."""
-    wanted = {ours for row in rows for ours in row.ours}
-    own = {ours: row for row in opened.family.layout.rows(opened.config) for ours in row.ours}
-    if isinstance(opened, Run) and all(ours in own and own[ours].layers == row.layers for row in rows for ours in row.ours):
-        paths = {state_path(ours) for ours in wanted}
-        return [(path, value) for path, value in nnx.to_flat_state(opened.parameters("float32")) if path in paths]
-    return read_parameters(opened.tensors, rows, abstract, np.dtype(np.float32))
-
-
-def _part_config(config: Config, opened: Source) -> Any:
-    """The section of a config that describes the part."""
-    kind = opened.family.model_config
-    return next(value for value in vars(config).values() if isinstance(value, kind))
+    """The parameters of `rows`; of a run whose own table has the same ones, as they lie there."""
+    own = {ours: row.layers for row in opened.family.layout.rows(opened.config) for ours in row.ours}
+    wanted = {ours: row.layers for row in rows for ours in row.ours}
+    if not (isinstance(opened, Run) and wanted.items() <= own.items()):
+        return read_parameters(opened.tensors, rows, abstract, np.dtype(np.float32))
+    flat = dict(nnx.to_flat_state(opened.parameters("float32")))
+    found = [(path, flat[path]) for path in map(state_path, wanted)]
+    for path, variable in found:
+        shape, expected = variable.get_value().shape, dict(nnx.to_flat_state(abstract))[path].get_value().shape
+        if shape != expected:
+            name = ".".join(path)
+            raise ConfigError(f"{opened.folder}: {name} has shape {shape}, the config makes it {expected}")
+    return found
 
 
 def _same_family(opened: Source, name: str, where: str) -> None:
@@ -92,9 +100,9 @@ def _same_family(opened: Source, name: str, where: str) -> None:
         raise ConfigError(f"{where}: {opened.folder} holds a {opened.family.name}, expected a {name}")
 
 
-def _same_architecture(opened: Source, config: Config, where: str) -> None:
+def _same_architecture(opened: Source, theirs: Config, ours: Config, where: str) -> None:
     """Raises ConfigError where the weights were made for another config; sizes and constants alike."""
-    theirs, ours = opened.config.model_dump(mode="json"), config.model_dump(mode="json")
+    theirs, ours = theirs.model_dump(mode="json"), ours.model_dump(mode="json")
     keys = [key for key in differences(theirs, ours) if key.split(".")[-1] not in _FREE]
     if keys:
         lines = [f"  {key}: the weights have {_at(theirs, key)}, the config says {_at(ours, key)}" for key in keys]

@@ -113,8 +113,8 @@ def check_names(weights: Weights, layout: Layout, config: Any, naming: Naming) -
     known = expected | set(repeated(weights, layout, config, naming))
     surplus = sorted(name for name in weights if name not in known and not layout.leaves_out(name))
     missing = sorted(expected - set(weights))
-    lines = [*_list("is missing", missing, surplus or sorted(weights))]
-    lines += _list("is left over", surplus, missing or sorted(expected))
+    lines = [*_list("missing", missing, surplus or sorted(weights))]
+    lines += _list("left over", surplus, missing or sorted(expected))
     if lines:
         raise ConfigError(
             f"{weights.folder} does not hold the tensors that its config asks for:\n  " + "\n  ".join(lines)
@@ -138,9 +138,9 @@ def repeated(weights: Weights, layout: Layout, config: Any, naming: Naming) -> d
 
 def _list(what: str, names: list[str], candidates: list[str], shown: int = 8) -> Iterator[str]:
     for name in names[:shown]:
-        yield f"{name} {what}{_near(name, candidates)}"
+        yield f"{name} is {what}{_near(name, candidates)}"
     if len(names) > shown:
-        yield f"and {len(names) - shown} more that {what.replace('is', 'are')}"
+        yield f"and {len(names) - shown} more are {what}"
 
 
 def _near(name: str, candidates: list[str]) -> str:

@@ -33,6 +33,7 @@ def to_hf(source: str | Path, destination: str | Path, shard_bytes: int = SHARD_
     carried = opened.folder / CARRIED
     names = _read_json(carried / NAMES) or {"naming": layout.namings[0].name, "repeated": {}}
     naming, repeated = layout.naming(names["naming"]), names["repeated"]
+    companions = {} if carried.is_dir() else _companions(opened)
     with fresh_folder(destination) as folder:
         if carried.is_dir():
             _copy_files(carried, folder)
@@ -49,8 +50,8 @@ def to_hf(source: str | Path, destination: str | Path, shard_bytes: int = SHARD_
                 writer.write(copies[naming.spell(name)], tensor)
         writer.close()
         _write_json(folder / "config.json", _config(opened, _read_json(carried / "config.json"), dtypes))
-        if not carried.is_dir():
-            _write_companions(opened, folder)
+        for name, content in companions.items():
+            _write_json(folder / name, content)
     return opened
 
 
@@ -92,17 +93,19 @@ def _both_nested(a: Any, b: Any) -> bool:
     return isinstance(a, Mapping) and isinstance(b, Mapping)
 
 
-def _write_companions(opened: Run, folder: Path) -> None:
-    tokenizer = VishwamAITokenizer.from_pretrained(opened.folder)
+def _companions(opened: Run) -> dict[str, dict[str, Any]]:
+    """Files that a run without a Hugging Face source needs beside its tokenizer's."""
+    try:
+        tokenizer = VishwamAITokenizer.from_pretrained(opened.folder)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{opened.folder}: Transformers needs the tokenizer beside the weights: {error}") from error
     ids = {
         "eos_token_id": list(tokenizer.eos_token_ids),
-        "pad_token_id": tokenizer.pad_id,
-        "bos_token_id": tokenizer.bos_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
     }
     known = {key: value for key, value in ids.items() if value not in (None, [])}
-    _write_json(folder / "generation_config.json", known)
-    for name, content in opened.family.layout.companions(opened.config, tokenizer).items():
-        _write_json(folder / name, content)
+    return {"generation_config.json": known} | opened.family.layout.companions(opened.config, tokenizer)
 
 
 def _copy_files(source: Path, folder: Path) -> None:

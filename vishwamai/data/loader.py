@@ -4,8 +4,12 @@ from collections.abc import Iterator
 from typing import Protocol
 
 import grain
+from absl import flags
 
 from vishwamai.data.batch import Batch
+
+# Otherwise Grain writes a note on its own tracebacks into the message of every error that a source raises.
+flags.FLAGS.set_default("grain_py_traceback_filtering", "off")
 
 
 class BatchSource(Protocol):

@@ -111,7 +111,7 @@ def collate(rows: Sequence[Sequence[Example]], capacity: Capacity) -> Batch:
             positions[b, used:end] = np.arange(end - used)
             segment_ids[b, used:end] = segment
             loss_weights[b, used:end] = example.loss_weights
-            pass
+            loss_weights[b, used] = 0
             if example.feature_index is not None and image is not None:
                 index = example.feature_index
                 feature_index[b, used:end] = np.where(index >= 0, index + placed // image.patches_per_feature, -1)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from parsit_jax.documents.generator import charts, forms, invoices, lines, receipts, tables
+from parsit_jax.documents.generator import charts, forms, invoices, lines, primer, receipts, tables
 from parsit_jax.documents.generator.composition import Composition
 from parsit_jax.documents.generator.document import Document, Question, Split
 from parsit_jax.documents.generator.fonts import FONTS, fonts_of
@@ -38,6 +38,7 @@ class _Kind:
 
     compose: Callable[[Source, str, str, int, int], Composition | None]
     layouts: dict[str, tuple[Split, ...]]
+    train_fonts: tuple[str, ...] = fonts_of(Split.TRAIN)
 
 
 _KINDS = {
@@ -48,6 +49,7 @@ _KINDS = {
     "charts": _Kind(charts.compose_chart, charts.LAYOUTS),
     "lines": _Kind(lines.compose_lines, lines.LAYOUTS),
     "notes": _Kind(lines.compose_notes, lines.LAYOUTS),
+    "primer": _Kind(primer.compose_primer, primer.LAYOUTS, primer.TRAIN_FONTS),
 }
 
 KINDS = tuple(_KINDS)
@@ -93,7 +95,7 @@ def generate(
     height, width = size
     source = Source(np.random.default_rng([zlib.crc32(f"{kind} {split.value}".encode()), seed]), split)
     layout = layout or source.pick(layouts_of(kind, split))
-    font = font or source.pick(fonts_of(split))
+    font = font or source.pick(_KINDS[kind].train_fonts if split is Split.TRAIN else fonts_of(split))
     for _ in range(_ATTEMPTS):
         made = _KINDS[kind].compose(source, layout, font, height, width)
         if made is not None:

@@ -126,6 +126,7 @@ class Page:
     width: int
     runs: tuple[Run, ...]
     strokes: tuple[Stroke, ...] = ()
+    plain: bool = False  # black on white, without shading and noise
 
     @property
     def transcription(self) -> str:
@@ -225,7 +226,7 @@ def arrange(
 
 
 def render(source: Source, page: Page) -> Image.Image:
-    """Draws the page in grey ("L"): random paper, ink, shading, softness and noise, all legible."""
+    """Draws the page in grey ("L"): random paper, ink, shading, softness and noise, all legible; or plain."""
     ink_strength = source.uniform(0.62, 1.0)
     canvas = np.zeros((page.height, page.width), np.uint8)
     faintness = source.uniform(0.4, 1.0)
@@ -236,6 +237,8 @@ def render(source: Source, page: Page) -> Image.Image:
         for x, y, ink in run.ink():
             place = canvas[y : y + ink.shape[0], x : x + ink.shape[1]]
             np.maximum(place, ink, out=place)
+    if page.plain:
+        return Image.fromarray(255 - canvas)
     if source.chance(0.2):
         blur = ImageFilter.GaussianBlur(source.uniform(0.25, 0.45))
         canvas = np.asarray(Image.fromarray(canvas).filter(blur))

@@ -11,16 +11,14 @@ LAYOUT = ImageLayout(rows=2, columns=4, patch_features=12)
 
 
 def plain_first_fit(lengths, capacity):
-    rows, row_of = [], []
+    left, row_of = [], []
     for tokens, patches in lengths:
-        for number, (used_tokens, used_patches) in enumerate(rows):
-            if used_tokens + tokens <= capacity.tokens and used_patches + patches <= capacity.patches:
-                break
-        else:
-            number = len(rows)
-            rows.append((0, 0))
-        rows[number] = (rows[number][0] + tokens, rows[number][1] + patches)
-        row_of.append(number)
+        room = [row for row, (t, p) in enumerate(left) if tokens <= t and patches <= p]
+        if not room:
+            left.append((capacity.tokens, capacity.patches))
+        row_of.append(room[0] if room else len(left) - 1)
+        t, p = left[row_of[-1]]
+        left[row_of[-1]] = (t - tokens, p - patches)
     return row_of
 
 

@@ -46,22 +46,25 @@ def test_accumulation_equals_the_big_batch(trainer_for, source, on_one_device, p
         assert_allclose([m[name] for m in found], [m[name] for m in on_one_device], atol=1e-6, err_msg=name)
 
 
-MESHES = [
+QUICK_MESHES = [
     {"data": 2},
+    {"fsdp": 2, "tensor": 2},
+    {"data": 2, "fsdp": 2, "tensor": 2},
+    {"fsdp": 4, "tensor": -1},
+]
+SLOW_MESHES = [
     {"fsdp": 2},
     {"tensor": 2},
     {"data": 2, "fsdp": 2},
-    {"fsdp": 2, "tensor": 2},
     {"data": 2, "tensor": 2},
     {"data": 8},
     {"fsdp": 8},
     {"tensor": 8},
-    {"data": 2, "fsdp": 2, "tensor": 2},
-    {"fsdp": 4, "tensor": -1},
 ]
+MESHES = QUICK_MESHES + [pytest.param(mesh, marks=pytest.mark.slow) for mesh in SLOW_MESHES]
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: "-".join(f"{a}{n}" for a, n in mesh.items()))
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_meshes_give_the_same_losses(trainer_for, source, on_one_device, mesh):
     trainer = trainer_for(mesh=mesh)
     assert trainer.mesh.size == abs(np.prod(list(mesh.values()))) or -1 in mesh.values()

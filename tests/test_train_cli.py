@@ -1,0 +1,233 @@
+"""`train.py` as a user meets it: real config, data and tokenizer; killed in the middle of a step and of a save."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import train as train_script
+from vishwamai import checkpoint
+from vishwamai.config import ConfigError
+from vishwamai.templates import load_template
+from vishwamai.tiny_tokenizer import ALPHABET, PIECES, build_tiny_tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIG = """
+family: qwen3
+run_dir: {folder}/run
+tokenizer: {folder}/tokenizer
+model: {{vocab_size: 400, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2,
+        num_key_value_heads: 1, head_dim: 16}}
+data: {{max_length: 96, datasets: [{{json_path: {folder}/sums.jsonl}}]}}
+training: {{steps: 12, batch_size: 4}}
+checkpoint: {{every: 4}}
+logging: {{tensorboard: false}}
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+    """A config file; its data and tokenizer lie beside it."""
+    build_tiny_tokenizer(ALPHABET, PIECES, load_template("qwen3"), tmp_path / "tokenizer")
+    rows = [
+        {"conversations": [{"from": "human", "value": f"{a}+{a}"}, {"from": "gpt", "value": str(a + a)}]}
+        for a in range(40)
+    ]
+    (tmp_path / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    path = tmp_path / "tiny.yaml"
+    path.write_text(CONFIG.format(folder=tmp_path))
+    return path
+
+
+def metrics(run_dir):
+    """(step, loss, gradient norm) of every line."""
+    lines = [json.loads(text) for text in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"], line["grad_norm"]) for line in lines]
+
+
+def run(config, *arguments):
+    return train_script.main(["--config", str(config), *arguments])
+
+
+def test_train_resume_finish(config, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert run(config, "training.steps=3", "optimizer.schedule=constant") == 0
+    out = capsys.readouterr().out
+    assert "part          trainable  frozen  carried" in out and "finished: 3 steps" in out
+    assert {"config.yaml", "tokenizer", "metrics.jsonl", "checkpoints"} <= {path.name for path in folder.iterdir()}
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (folder / "tokenizer" / name).read_bytes() == (tmp_path / "tokenizer" / name).read_bytes()
+
+    # The same command again: finished, nothing changes.
+    before = (folder / "metrics.jsonl").read_bytes()
+    assert run(config, "training.steps=3", "optimizer.schedule=constant") == 0
+    assert "is finished (3 steps)" in capsys.readouterr().out
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+    # More steps, other logging, checkpoints and mesh: it goes on.
+    changed = ["training.steps=5", "checkpoint.keep=1", "logging.every=1", "mesh.fsdp=2", "evaluation.limit=3"]
+    assert run(config, "optimizer.schedule=constant", *changed) == 0
+    assert "resuming" in capsys.readouterr().out
+    assert [step for step, *_ in metrics(folder)] == [1, 2, 3, 4, 5]
+    assert checkpoint.steps(folder) == [5]
+    assert "steps: 5" in (folder / "config.yaml").read_text()
+
+    # Anything else is an error that names the keys.
+    with pytest.raises(ConfigError) as error:
+        run(config, "training.steps=9", "optimizer.learning_rate=1e-2", "model.rope_theta=5e5")
+    assert "optimizer.learning_rate: 0.0003 -> 0.01\n" in str(error.value)
+    assert "optimizer.schedule: 'constant' -> 'cosine'\n" in str(error.value)
+    assert "model.rope_theta: 1000000.0 -> 500000.0\n" in str(error.value)
+    assert "training.steps" not in str(error.value)
+
+
+def test_a_run_starts_from_another(config, tmp_path):
+    run(config, "training.steps=2")
+    start = ["training.steps=1", f"run_dir={tmp_path}/second", "optimizer.learning_rate=1e-9"]
+    run(config, *start, f"init_from={tmp_path}/run", "seed=5")
+    assert abs(metrics(tmp_path / "second")[0][1] - metrics(tmp_path / "run")[1][1]) < 0.05
+    from_scratch = [f"run_dir={tmp_path}/third", "training.steps=1", "seed=5"]
+    run(config, *from_scratch)
+    assert metrics(tmp_path / "third") != metrics(tmp_path / "second")
+
+
+def test_show_batch_prints_and_exits(config, tmp_path, capsys):
+    assert run(config, "--show-batch") == 0
+    out = capsys.readouterr().out
+    assert "<|im_start|>assistant\n<think>\n\n</think>\n\n⟦" in out and "<|im_end|>⟧" in out
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_dry_run_needs_no_tokenizer_data_or_weights(config, tmp_path, capsys):
+    assert (
+        run(config, "--dry-run", "tokenizer=nowhere", "data.datasets=[{json_path: no.json}]", "init_from=none/x") == 0
+    )
+    out = capsys.readouterr().out
+    assert "tokenizer: nowhere" in out and "learning_rate: 0.0003" in out
+    assert "[2, 32, 64]" in out and "(-, fsdp, tensor)" in out
+    assert "nothing was allocated" in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_help(config, capsys):
+    assert run(config, "--help") == 0
+    assert "training.gradient_accumulation" in capsys.readouterr().out
+    assert train_script.main(["--help"]) == 0
+    assert "family: parsit" in capsys.readouterr().out
+
+
+def test_a_config_that_cannot_be_used_leaves_no_run(config, tmp_path):
+    for overrides, message in [
+        (["optimiser.learning_rate=1"], "optimiser is not a key; did you mean optimizer"),
+        (["tokenizer=nowhere"], "tokenizer: no tokenizer in nowhere"),
+        (["training.trainable=[vision.*]"], "'vision.*' matches no parameter"),
+        (["mesh.data=3"], "batch_size=4 is not a multiple of 3"),
+    ]:
+        with pytest.raises(ConfigError) as error:
+            run(config, *overrides)
+        assert message in str(error.value)
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def start(config, *arguments, code=None):
+    """`python train.py` in a process of its own, with the compiled programs of the test suite."""
+    command = [sys.executable, "train.py"] if code is None else [sys.executable, "-c", code]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [*command, "--config", str(config), *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(process, code=0):
+    out, errors = process.communicate(timeout=300)
+    assert process.returncode == code, errors
+    return out + errors
+
+
+def test_errors_and_exit_codes(config):
+    text = finish(start(config, "training.step=5"), code=2)
+    assert "error: " in text and "training.step is not a key; did you mean training.steps" in text
+    assert "Traceback" not in text
+
+
+@pytest.fixture
+def uninterrupted(config, tmp_path):
+    finish(start(config, f"run_dir={tmp_path}/uninterrupted"))
+    return metrics(tmp_path / "uninterrupted")
+
+
+@pytest.mark.slow
+def test_kill_in_the_middle_of_a_step(config, tmp_path, uninterrupted):
+    process = start(config, "checkpoint.every=5")
+    wait_for(lambda: len(lines(tmp_path / "run")) >= 7, process)
+    process.kill()
+    process.communicate()
+    assert len(lines(tmp_path / "run")) < 12
+    assert "resuming" in finish(start(config, "checkpoint.every=5"))
+    assert metrics(tmp_path / "run") == uninterrupted
+
+
+# Ends its own process with SIGKILL as soon as the folder of an unfinished second checkpoint stands there.
+KILLED_WHILE_SAVING = """
+import glob, os, signal, sys, threading
+import train
+pattern = sys.argv.pop()
+def watch():
+    while not glob.glob(pattern):
+        pass
+    os.kill(os.getpid(), signal.SIGKILL)
+threading.Thread(target=watch, daemon=True).start()
+train.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [4, 8])
+def test_kill_in_the_middle_of_a_save(config, tmp_path, uninterrupted, step):
+    unfinished = tmp_path / "run" / "checkpoints" / f"{step}.orbax-checkpoint-tmp*"
+    finish(start(config, str(unfinished), code=KILLED_WHILE_SAVING), code=-signal.SIGKILL)
+    assert list(unfinished.parent.glob(unfinished.name))
+    assert checkpoint.steps(tmp_path / "run") == [4][: step // 4 - 1]
+    assert f"{step}.orbax-checkpoint-tmp was never finished" in finish(start(config))
+    assert metrics(tmp_path / "run") == uninterrupted
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_exits(config, tmp_path, uninterrupted):
+    process = start(config, "checkpoint.every=1000")
+    wait_for(lambda: len(lines(tmp_path / "run")) >= 3, process)
+    process.terminate()
+    text = finish(process, code=128 + signal.SIGTERM)
+    assert "SIGTERM: saved after step" in text
+    assert checkpoint.latest_step(tmp_path / "run") == len(lines(tmp_path / "run")) < 12
+    finish(start(config, "checkpoint.every=1000"))
+    assert metrics(tmp_path / "run") == uninterrupted
+
+
+@pytest.mark.slow
+def test_simulates_the_devices_that_the_mesh_needs(config):
+    text = finish(start(config, "mesh.data=2", "mesh.fsdp=-1", "mesh.tensor=2", "training.steps=1"))
+    assert "finished: 1 steps" in text
+
+
+def lines(run_dir):
+    path = run_dir / "metrics.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def wait_for(condition, process):
+    until = time.monotonic() + 240
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.001)

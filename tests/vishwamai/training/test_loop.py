@@ -1,0 +1,190 @@
+"""The loop: interrupted however it may be, a run's losses are those of a run that never was, bit for bit."""
+
+import json
+import os
+import signal
+from dataclasses import dataclass, field, replace
+
+import jax
+import numpy as np
+import pytest
+from numpy.testing import assert_array_equal
+
+from vishwamai import checkpoint
+from vishwamai.checkpoint import CheckpointError
+from vishwamai.training.diagnose import NonFiniteGradients, explain
+from vishwamai.training.metrics import MetricsWriter, cut_back
+
+SECTIONS = {"training": {"steps": 9}, "checkpoint": {"every": 4}}
+
+
+class Unplugged(Exception):
+    """What a source raises in the place of a power cut."""
+
+
+@dataclass
+class At:
+    """A source that does something when batch number `step` is asked for."""
+
+    source: object
+    step: int
+    act: object
+    asked: list = field(default_factory=list)
+
+    def batch(self, step):
+        self.asked.append(step)
+        batch = self.source.batch(step)
+        return (self.act(batch) or batch) if step == self.step else batch
+
+
+def unplug(batch):
+    raise Unplugged("the plug")
+
+
+def poison(batch):
+    weights = batch.loss_weights.copy()
+    weights[1, 4] = np.nan
+    return replace(batch, loss_weights=weights)
+
+
+def numbers(lines):
+    """What must be equal; times and memory may differ."""
+    return [{name: line[name] for name in ("step", "loss", "grad_norm", "accuracy", "learning_rate")} for line in lines]
+
+
+@pytest.fixture(scope="session")
+def expected():
+    """The lines of a run that was never stopped."""
+    return []
+
+
+@pytest.fixture
+def uninterrupted(expected, run, source, tmp_path):
+    if not expected:
+        expected.extend(run(source, **SECTIONS)[2])
+        (tmp_path / "run").rename(tmp_path / "uninterrupted")
+    return expected
+
+
+def test_a_line_for_every_step(uninterrupted):
+    assert [line["step"] for line in uninterrupted] == list(range(1, 10))
+    told = {"loss", "accuracy", "z_loss", "grad_norm", "learning_rate", "tokens_per_second", "seconds"}
+    assert set(uninterrupted[0]) == told | {"step", "data_wait", "memory_gb"}  # no mfu: a CPU's peak isn't known
+    assert all(0 <= line["data_wait"] <= 1 for line in uninterrupted)
+    assert all(line["tokens_per_second"] * line["seconds"] == pytest.approx(8 * 19) for line in uninterrupted)
+    assert uninterrupted[-1]["loss"] < uninterrupted[0]["loss"]
+
+
+@pytest.mark.parametrize("crash", [2, 6])
+def test_a_crash_is_made_good(run, source, uninterrupted, tmp_path, crash):
+    """Before the first checkpoint and between two; half a line of metrics stays behind."""
+    with pytest.raises(Unplugged, match="^the plug$"):
+        run(At(source, crash, unplug), **SECTIONS)
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')
+    resumed = At(source, -1, None)
+    state, stopped, lines = run(resumed, **SECTIONS)
+    assert numbers(lines) == numbers(uninterrupted)
+    assert (int(state.step), stopped) == (9, None)
+    assert min(resumed.asked) == (4 if crash > 4 else 0)  # earlier batches are not made again
+    assert checkpoint.steps(tmp_path / "run") == [8, 9]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_stops(run, source, uninterrupted, tmp_path, number):
+    usual = signal.getsignal(number)
+    state, stopped, lines = run(At(source, 5, lambda batch: os.kill(os.getpid(), number)), **SECTIONS)
+    assert stopped == number
+    assert checkpoint.latest_step(tmp_path / "run") == int(state.step) == lines[-1]["step"] < 9
+    assert signal.getsignal(number) == usual
+    *_, lines = run(source, **SECTIONS)
+    assert numbers(lines) == numbers(uninterrupted)
+
+
+def test_a_finished_run_goes_on_with_more_steps(run, source, tmp_path):
+    constant = {"optimizer": {"schedule": "constant"}}
+    run(source, training={"steps": 3}, **constant)
+    *_, lines = run(source, training={"steps": 5}, **constant)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+
+
+def test_fewer_lines_when_asked_for(run, source, uninterrupted):
+    *_, lines = run(source, logging={"every": 4}, **SECTIONS)
+    assert [line["step"] for line in lines] == [4, 8, 9]
+    assert numbers(lines) == numbers([uninterrupted[i] for i in (3, 7, 8)])
+
+
+@pytest.mark.parametrize("bad", [0, 5, 8])
+def test_nan_stops_the_run_and_saves_the_batch(run, source, tmp_path, bad):
+    with pytest.raises(NonFiniteGradients) as error:
+        run(At(source, bad, poison), **SECTIONS)
+    assert f"step {bad + 1} has gradients that are not finite" in str(error.value)
+    assert "gradient layers.self_attn.q_proj.kernel: 3,072 NaN and 0 infinite of 3,072" in str(error.value)
+    batch = np.load(tmp_path / "run" / f"failed_step_{bad + 1}.npz")
+    for name, array in poison(source.batch(bad)).as_dict().items():
+        assert_array_equal(batch[name], array)
+    # Nothing was lost, and nothing bad was saved.
+    assert checkpoint.steps(tmp_path / "run") == [step for step in (4, 8) if step <= bad]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, bad + 1))
+
+
+def test_the_culprit_is_named(trainer_for, source, tmp_path):
+    trainer = trainer_for()
+    state = trainer.initial()
+    kernel = state.trainable["layers"]["mlp"]["up_proj"]["kernel"]
+    kernel.set_value(kernel.get_value().at[1, 2, 3].set(np.inf))
+    message = str(explain(trainer, state, source.batch(0), tmp_path))
+    assert "parameter layers.mlp.up_proj.kernel: 0 NaN and 1 infinite of 6,144" in message
+    assert "parameter layers.mlp.gate_proj.kernel" not in message
+
+
+def test_a_norm_that_overflows_is_told(trainer_for, source, tmp_path):
+    trainer = trainer_for()
+    state = trainer.initial()
+    finite = jax.tree.map(lambda x: np.full(x.shape, 1e30, np.float32), state.trainable)
+    metrics = {"loss": (1.0, 1.0)}
+    message = str(explain(replace(trainer, gradients=lambda *_: (finite, metrics)), state, source.batch(0), tmp_path))
+    assert (
+        "every number is finite, but their norm overflows; the largest is in embed_tokens.embedding: 1e+30" in message
+    )
+
+
+def test_a_checkpoint_that_fails_ends_the_run_and_loses_nothing(run, source, uninterrupted, monkeypatch, tmp_path):
+    from vishwamai.checkpoint import store
+
+    save = store.save
+
+    def full(manager, step, items):
+        if step == 8:
+            raise OSError(28, "No space left on device")
+        save(manager, step, items)
+
+    monkeypatch.setattr(store, "save", full)
+    with pytest.raises(CheckpointError, match="(?s)checkpoint 8 could not be written.*checkpoint 4 is complete"):
+        run(source, **SECTIONS)
+    monkeypatch.undo()
+    *_, lines = run(source, **SECTIONS)
+    assert numbers(lines) == numbers(uninterrupted)
+
+
+def test_cut_back_keeps_whole_lines_up_to_the_step(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
+    cut_back(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+    path.write_text('{"step": 1}\n{"step"\n{"step": 2}\n')
+    cut_back(path, 5)
+    assert path.read_text() == '{"step": 1}\n'
+    cut_back(tmp_path / "none.jsonl", 3)
+
+
+def test_metrics_are_json_and_tensorboard(tmp_path):
+    with MetricsWriter(tmp_path, 0, tensorboard=True) as writer:
+        writer.write({"step": 1, "loss": 2.5, "grad_norm": float("inf")})
+        writer.write({"step": 2, "loss": float("nan")})
+    lines = [
+        json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert lines == [{"step": 1, "loss": 2.5, "grad_norm": None}, {"step": 2, "loss": None}]
+    assert list((tmp_path / "tensorboard").glob("events*"))
