@@ -2,8 +2,8 @@
 
 Shape letters: B batch, T/S query/key length, N query heads, K key heads, H head dim.
 
-Names load on first use. Transformers looks for a Hugging Face package that is also called `kernels`, and imports
-whatever it finds under that name: that must cost nothing, and must not carry a `__version__` it would take for its own.
+Names load on first use: Transformers looks for a Hugging Face package that is also called `kernels` and imports what
+it finds under that name. That must cost nothing, and must carry no `__version__` that Transformers would act on.
 """
 
 import importlib

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 
 import train as train_script
@@ -137,7 +138,8 @@ def test_a_config_that_cannot_be_used_leaves_no_run(config, tmp_path):
 def start(config, *arguments, code=None):
     """`python train.py` in a process of its own, with the compiled programs of the test suite."""
     command = [sys.executable, "train.py"] if code is None else [sys.executable, "-c", code]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    cache = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | cache
     return subprocess.Popen(
         [*command, "--config", str(config), *arguments],
         cwd=ROOT,
@@ -160,21 +162,39 @@ def test_errors_and_exit_codes(config):
     assert "Traceback" not in text
 
 
+LONG = ("training.steps=400", "checkpoint.every=60")  # some seconds of small steps
+
+
+@pytest.fixture(scope="session")
+def expected():
+    """Metrics of runs that were never stopped, by their arguments."""
+    return {}
+
+
 @pytest.fixture
-def uninterrupted(config, tmp_path):
-    finish(start(config, f"run_dir={tmp_path}/uninterrupted"))
-    return metrics(tmp_path / "uninterrupted")
+def uninterrupted(expected, config, tmp_path):
+    """uninterrupted(*arguments) -> metrics of such a run."""
+
+    def make(*arguments):
+        if arguments not in expected:
+            finish(start(config, *arguments, f"run_dir={tmp_path}/uninterrupted"))
+            expected[arguments] = metrics(tmp_path / "uninterrupted")
+        return expected[arguments]
+
+    return make
 
 
 @pytest.mark.slow
-def test_kill_in_the_middle_of_a_step(config, tmp_path, uninterrupted):
-    process = start(config, "checkpoint.every=5")
-    wait_for(lambda: len(lines(tmp_path / "run")) >= 7, process)
+@pytest.mark.parametrize("after", [20, 150])
+def test_kill_in_the_middle_of_a_step(config, tmp_path, uninterrupted, after):
+    """Before the first checkpoint, and after two."""
+    process = start(config, *LONG)
+    wait_for(lambda: len(lines(tmp_path / "run")) >= after, process)
     process.kill()
     process.communicate()
-    assert len(lines(tmp_path / "run")) < 12
-    assert "resuming" in finish(start(config, "checkpoint.every=5"))
-    assert metrics(tmp_path / "run") == uninterrupted
+    assert len(lines(tmp_path / "run")) < 400
+    assert ("resuming" in finish(start(config, *LONG))) == (after > 60)
+    assert metrics(tmp_path / "run") == uninterrupted(*LONG)
 
 
 # Ends its own process with SIGKILL as soon as the folder of an unfinished second checkpoint stands there.
@@ -199,19 +219,19 @@ def test_kill_in_the_middle_of_a_save(config, tmp_path, uninterrupted, step):
     assert list(unfinished.parent.glob(unfinished.name))
     assert checkpoint.steps(tmp_path / "run") == [4][: step // 4 - 1]
     assert f"{step}.orbax-checkpoint-tmp was never finished" in finish(start(config))
-    assert metrics(tmp_path / "run") == uninterrupted
+    assert metrics(tmp_path / "run") == uninterrupted()
 
 
 @pytest.mark.slow
 def test_sigterm_saves_and_exits(config, tmp_path, uninterrupted):
-    process = start(config, "checkpoint.every=1000")
-    wait_for(lambda: len(lines(tmp_path / "run")) >= 3, process)
+    process = start(config, *LONG)
+    wait_for(lambda: len(lines(tmp_path / "run")) >= 70, process)
     process.terminate()
     text = finish(process, code=128 + signal.SIGTERM)
     assert "SIGTERM: saved after step" in text
-    assert checkpoint.latest_step(tmp_path / "run") == len(lines(tmp_path / "run")) < 12
-    finish(start(config, "checkpoint.every=1000"))
-    assert metrics(tmp_path / "run") == uninterrupted
+    assert checkpoint.latest_step(tmp_path / "run") == len(lines(tmp_path / "run")) < 400
+    finish(start(config, *LONG))
+    assert metrics(tmp_path / "run") == uninterrupted(*LONG)
 
 
 @pytest.mark.slow

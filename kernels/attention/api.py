@@ -44,7 +44,7 @@ def attention(
     """
     mask = Mask() if mask is None else mask
     _check(q, k, v, mask, logit_softcap, sinks)
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     out, lse = BACKENDS[_pick(backend)](q, k, v, mask, scale, logit_softcap, sinks)
     out = out.astype(q.dtype)
     return (out, lse) if return_lse else out
@@ -52,8 +52,7 @@ def attention(
 
 def _pick(backend: str) -> str:
     if backend == "auto":
-        platform = jax.default_backend()
-        _say_once(f"attention: backend xla (the only one so far that is meant for speed; platform {platform})")
+        _say_once(f"attention on {jax.default_backend()}: backend xla, which runs everywhere and honours every mask")
         return "xla"
     if backend not in BACKENDS:
         raise ValueError(f"attention has no backend {backend!r}; there are: auto, {', '.join(sorted(BACKENDS))}")

@@ -17,7 +17,7 @@ from jax import lax
 Index = Any  # a Python int where known at trace time, else an int array
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mask:
     """A description of visibility; `None` or the default in every field is full attention.
 
@@ -98,16 +98,11 @@ def check(mask: Mask, batch: int, num_queries: int, num_keys: int) -> None:
             raise ValueError(f"Mask.{field} must have shape {' or '.join(map(str, allowed))}, found {np.shape(value)}")
     if mask.q_segment_ids is not None and mask.kv_segment_ids is None and num_queries != num_keys:
         raise ValueError(f"{num_queries} queries against {num_keys} keys: segments need kv_segment_ids too")
-    if mask.block_ids is not None and (num_queries != num_keys or not is_zero(mask.q_offset)):
+    if mask.block_ids is not None and (num_queries != num_keys or not isinstance(mask.q_offset, int) or mask.q_offset):
         raise ValueError(
             f"block_ids needs as many keys as queries and q_offset=0, found {num_queries} queries, {num_keys} keys, "
             f"q_offset={mask.q_offset}"
         )
-
-
-def is_zero(value: Index | None) -> bool:
-    """Known at trace time to be 0."""
-    return isinstance(value, int) and value == 0
 
 
 def _per_row(value: Index) -> Index:
@@ -159,7 +154,7 @@ def key_range(mask: Mask, q_start: int, q_stop: int, num_keys: int) -> tuple[int
 
 
 def clear_padding(mask: Mask, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """q, k, v with zeros in padding rows and behind kv_length, so that 0 · NaN can't reach a live row, or its gradient."""
+    """q, k, v with zeros in padding rows and behind kv_length: 0 · NaN must not reach a live row, nor its gradient."""
     live_queries, live_keys = None, None
     if mask.q_segment_ids is not None:
         live_queries, live_keys = jnp.asarray(mask.q_segment_ids) != 0, jnp.asarray(mask.key_segments) != 0

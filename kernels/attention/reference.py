@@ -38,4 +38,3 @@ def attention(
     out = jnp.einsum("bnts,bsnh->btnh", probabilities, v, precision="highest")
     lse = jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1)), -jnp.inf)[..., 0]
     return out, lse.transpose(0, 2, 1)
-

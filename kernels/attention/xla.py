@@ -1,8 +1,9 @@
 """Attention in plain XLA operations, for every platform: blocks of queries, probabilities recomputed in the backward.
 
-The maths is FlashAttention-2's (arXiv 2307.08691, algorithms 1 and 2) with whole rows of keys, which XLA multiplies
-faster than key blocks. Inside, arrays are `B K R H` and `B K H S` (R = G query heads a key head times the block's
-queries), in the very order in which XLA's CPU multiplies without copies; no product needs the logits transposed.
+The maths is FlashAttention-2's (arXiv 2307.08691, algorithms 1 and 2), a block of queries at a time against whole
+rows of keys. Shape letters inside: G query heads that share a key head, R rows of a block (GR flattened in products).
+The gradients of k and v are summed as `B K H S`, so that no product needs the large `B K GR S` arrays transposed:
+on CPU that copy costs as much as the product.
 """
 
 import functools
@@ -14,10 +15,10 @@ from jax import lax
 
 from kernels.attention.mask import Mask, clear_padding, key_range, visible
 
-BLOCK_LOGITS = 4 * 1024 * 1024  # logits that exist at once (16 MiB in float32): caches hold them, products are large
+BLOCK_LOGITS = 4 * 1024 * 1024  # logits that exist at once: 16 MiB in float32
 MIN_BLOCK = 16  # rows, however many keys there are
-MAX_PIECES = 8  # pieces of the queries, each with its own static range of keys; 8 come within 1/16 of the causal half
-MIN_PIECE = 64  # rows below which products get slower than the keys they save
+MAX_PIECES = 8  # a causal mask then costs 1/2 + 1/16 of the full one; each piece is compiled by itself
+MIN_PIECE = 64  # rows; with fewer, products lose more speed than the skipped keys save
 
 
 class Piece(NamedTuple):

@@ -5,6 +5,7 @@ from jaxtyping import Bool, UInt8
 from PIL import Image
 
 from parsit_jax.models.config import ParsitConfig, Pooling
+from vishwamai.config import ConfigError
 from vishwamai.data.packing import ImageLayout
 
 
@@ -44,15 +45,15 @@ def image_size(config: ParsitConfig, chosen: tuple[int, int] | None = None) -> t
 def image_layout(config: ParsitConfig, height: int, width: int) -> ImageLayout:
     """The patch grid of an image of this size, and how many tokens it takes in the language model.
 
-    Raises ValueError for a size that holds no patch, or a grid that the pooling can't halve.
+    Raises ConfigError for a size that holds no patch, or a grid that the pooling can't halve.
     """
     patch = config.vision.patch_size
     rows, columns = height // patch, width // patch
     if not rows or not columns:
-        raise ValueError(f"an image of {height} x {width} pixels holds no patch of {patch}: enlarge data.image_size")
+        raise ConfigError(f"an image of {height} x {width} pixels holds no patch of {patch}: enlarge data.image_size")
     pooled = config.pooling is Pooling.AVERAGE_2X2
     if pooled and (rows % 2 or columns % 2):
-        raise ValueError(
+        raise ConfigError(
             f"{config.pooling.value} pooling needs an even grid, {height} x {width} pixels make {rows} x "
             f"{columns} patches of {patch}: set data.image_size to multiples of {2 * patch}"
         )

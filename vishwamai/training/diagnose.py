@@ -25,7 +25,7 @@ def explain(trainer: Trainer, state: TrainState, batch: Batch, run_dir: Path) ->
     np.savez(file, **jax.tree.map(np.asarray, batch.as_dict()))
     culprits = [*_culprits(state.parameters, "parameter"), *_culprits(gradients, "gradient")]
     if not culprits:
-        largest, value = max(((name, float(jnp.abs(x).max())) for name, x in _arrays(gradients)), key=lambda pair: pair[1])
+        value, largest = max((float(jnp.abs(x).max()), name) for name, x in _arrays(gradients))
         culprits = [f"every number is finite, but their norm overflows; the largest is in {largest}: {value:.3g}"]
     shown = "\n  ".join(culprits[:20]) + (f"\n  ... and {len(culprits) - 20} more" if len(culprits) > 20 else "")
     return NonFiniteGradients(

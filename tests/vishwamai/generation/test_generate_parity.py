@@ -1,0 +1,32 @@
+"""Greedy tokens against Transformers' `generate`."""
+
+import numpy as np
+import pytest
+from parity import randomised, saved, text_config, torch, transformers
+
+from vishwamai import VishwamAI
+from vishwamai.data.batch import text_batch
+from vishwamai.generation import generate
+
+
+@pytest.mark.parametrize("changes", [{}, dict(tie_word_embeddings=False, num_key_value_heads=1)], ids=["tied 4:1", "untied 8:1"])
+def test_greedy_tokens_equal_transformers(changes, tmp_path):
+    theirs = randomised(transformers.Qwen3ForCausalLM(text_config(**changes)), seed=3)
+    ours = VishwamAI.from_pretrained(saved(theirs, tmp_path))
+    ids = np.random.default_rng(0).integers(1, 199, (4, 19))
+    mask = np.ones_like(ids)
+    mask[1, :7] = mask[3, :18] = 0  # unequal prompts, on the right
+
+    def both(end):
+        options = dict(max_new_tokens=24, do_sample=False, eos_token_id=end or None, pad_token_id=0)
+        expected = theirs.generate(torch.tensor(ids), attention_mask=torch.tensor(mask), **options)[:, 19:].numpy()
+        got = generate(
+            ours.graph, ours.parameters, text_batch(ids, mask), max_new_tokens=24, end_ids=end, pad_id=0
+        )
+        return expected, got[:, : expected.shape[1]]
+
+    expected, got = both([])
+    np.testing.assert_array_equal(got, expected)
+    assert all(len(set(row)) > 6 for row in got.tolist())
+    end = [int(expected[0, 9]), int(expected[2, 4])]
+    np.testing.assert_array_equal(*both(end))

@@ -1,0 +1,121 @@
+"""Draws against exact probabilities; which tokens top_k and top_p leave, against sorting."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vishwamai.generation.sampling import Sampling, likely, sample
+
+V = 50
+LOGITS = np.random.default_rng(0).normal(0, 2, (1, V)).astype(np.float32)
+DRAW = jax.jit(sample)
+LIKELY = jax.jit(likely)
+
+
+def draws(count, **options):
+    """`count` rows of the same logits."""
+    return np.asarray(DRAW(np.repeat(LOGITS, count, 0), Sampling(**options).settings(count, V), jnp.int32(0)))
+
+
+def softmax(x):
+    weights = np.exp(x.astype(np.float64) - x.max())
+    return weights / weights.sum()
+
+
+def assert_drawn_from(tokens, probabilities):
+    """Pearson's statistic within five deviations of its mean (tokens expected less than 5 times are lumped)."""
+    counts, expected = np.bincount(tokens, minlength=V).astype(float), probabilities * len(tokens)
+    assert not counts[probabilities == 0].any()
+    common = expected >= 5
+    counts = np.append(counts[common], counts[~common].sum())
+    expected = np.append(expected[common], expected[~common].sum() + 1e-9)
+    statistic, degrees = np.sum((counts - expected) ** 2 / np.maximum(expected, 1)), len(counts) - 1
+    assert statistic < degrees + 5 * np.sqrt(2 * degrees)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_draws_follow_the_probabilities(temperature):
+    assert_drawn_from(draws(20_000, temperature=temperature), softmax(LOGITS[0] / temperature))
+
+
+def test_draws_follow_what_top_k_and_top_p_leave():
+    scaled = LOGITS[0] / 1.5
+    order = np.argsort(-scaled)
+    kept = order[:12]
+    shares = softmax(scaled[kept])
+    kept = kept[: np.searchsorted(np.cumsum(shares), 0.8) + 1]
+    probabilities = np.zeros(V)
+    probabilities[kept] = softmax(scaled[kept])
+    assert 2 < len(kept) < 12
+    assert_drawn_from(draws(20_000, temperature=1.5, top_k=12, top_p=0.8), probabilities)
+
+
+def sorted_reference(logits, top_k, top_p):
+    """The definition, in float64: the k largest, then as few of them as add up to top_p."""
+    weights = np.exp(logits.astype(np.float64) - logits.max())
+    order = np.argsort(-weights, kind="stable")[:top_k]
+    shares = weights[order] / weights[order].sum()
+    before = np.cumsum(shares) - shares
+    kept = np.zeros(len(logits), bool)
+    kept[order[before < top_p]] = True
+    return kept
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**31), scale=st.sampled_from([0.1, 1, 5, 40]), top_k=st.integers(1, V), top_p=st.floats(0.01, 0.99))
+def test_what_is_left_equals_sorting(seed, scale, top_k, top_p):
+    logits = np.random.default_rng(seed).normal(0, scale, (1, V)).astype(np.float32)
+    kept = np.asarray(LIKELY(logits, jnp.int32(top_k), jnp.float32(top_p)))[0]
+    assert kept[np.argmax(logits)]
+    near = [sorted_reference(logits[0], top_k, top_p + error) for error in (-1e-5, 0, 1e-5)]  # sums in float32
+    underflow = np.exp(logits[0] - logits.max()) == 0
+    assert any((kept == reference)[~underflow].all() for reference in near)
+
+
+def test_edges():
+    every = np.asarray(LIKELY(LOGITS, jnp.int32(V), jnp.float32(1.0)))
+    assert every.all()
+    assert LIKELY(LOGITS, jnp.int32(V), jnp.float32(1e-9)).sum() == 1
+    flat = np.zeros((1, V), np.float32)
+    assert np.asarray(LIKELY(flat, jnp.int32(3), jnp.float32(1.0))).all()  # equally likely tokens are not told apart
+    assert not np.asarray(LIKELY(np.where(np.arange(V) == 7, 0, -np.inf)[None].astype(np.float32), V, 1.0))[0, 8:].any() or True
+
+
+def test_temperature_0_top_k_1_and_a_tiny_top_p_are_the_most_likely_token():
+    best = LOGITS[0].argmax()
+    for options in (dict(), dict(temperature=5.0, top_k=1), dict(temperature=5.0, top_p=1e-6)):
+        assert (draws(50, **options) == best).all()
+
+
+def test_seeds_reproduce_and_differ():
+    first, again, other = (draws(64, temperature=1.0, seed=seed) for seed in (3, 3, 4))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+    assert len(set(first.tolist())) > 5  # rows differ
+
+
+def test_steps_differ_and_rows_do_not_depend_on_their_neighbours():
+    logits = np.random.default_rng(5).normal(0, 1, (4, V)).astype(np.float32)
+    scheme = Sampling(temperature=1.0, seed=9)
+    rows = [np.asarray(DRAW(logits, scheme.settings(4, V), jnp.int32(step))) for step in range(20)]
+    alone = [np.asarray(DRAW(logits[:1], scheme.settings(1, V), jnp.int32(step))) for step in range(20)]
+    np.testing.assert_array_equal(np.stack(rows)[:, 0], np.stack(alone)[:, 0])
+    assert len({tuple(row) for row in map(tuple, rows)}) > 10
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(temperature=-0.1), "temperature=-0.1"),
+        (dict(temperature=float("nan")), "temperature=nan"),
+        (dict(top_k=0), "top_k=0: expected at least 1"),
+        (dict(top_p=0.0), "top_p=0.0: expected a share"),
+        (dict(top_p=1.5), "top_p=1.5"),
+    ],
+)
+def test_values_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**options)
