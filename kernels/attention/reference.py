@@ -1,4 +1,4 @@
-"""Attention as the textbook has it: every logit exists at once, in any float type. The measure of all other backends."""
+"""Attention as the textbook has it: every logit exists at once, in any float type. All backends are held against it."""
 
 import jax
 import jax.numpy as jnp

@@ -41,7 +41,7 @@ PUBLISHED = {
     "Qwen3-0.6B": (transformers.Qwen3ForCausalLM, QWEN3_600M, 596_049_920),
     "Qwen3-8B": (transformers.Qwen3ForCausalLM, QWEN3_8B, 8_190_735_360),
     "siglip-so400m-patch14-384": (transformers.SiglipVisionModel, SO400M, 428_225_600),
-    "Llava with both": (transformers.LlavaForConditionalGeneration, LLAVA, 1_026_506_432),
+    "Llava with both": (transformers.LlavaForConditionalGeneration, LLAVA, 1_026_505_792),
 }
 
 
