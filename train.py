@@ -90,8 +90,8 @@ if __name__ == "__main__":
     for package in ("vishwamai", "parsit_jax", "kernels"):
         logging.getLogger(package).setLevel(logging.INFO)
     try:
-        sys.exit(main(sys.argv[1:]))
-    except ConfigError as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
-    except (NonFiniteGradients, CheckpointError, DataError, OSError) as error:
-        sys.exit(f"error: {error}")
+        code = main(sys.argv[1:])
+    except (ConfigError, DataError, CheckpointError, NonFiniteGradients, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 2 if isinstance(error, ConfigError) else 1
+    sys.exit(code)

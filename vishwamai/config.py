@@ -4,6 +4,7 @@ import difflib
 import re
 import types
 from collections.abc import Iterable, Iterator
+from enum import Enum
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin
 
@@ -163,6 +164,8 @@ def _element_of(annotation: Any) -> type[Config] | None:
 
 
 def _type_name(annotation: Any) -> str:
+    if isinstance(annotation, type) and issubclass(annotation, Enum):
+        return "|".join(member.value for member in annotation)
     if isinstance(annotation, type) and not get_args(annotation):
         return annotation.__name__
     return re.sub(r"\b(?:\w+\.)+", "", str(annotation)).replace("NoneType", "None")

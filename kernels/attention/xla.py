@@ -59,7 +59,7 @@ def _attention(q, k, v, sinks, mask, scale, softcap):
 
 def _forward(q, k, v, sinks, mask, scale, softcap):
     given = q, k, v
-    q, k, v = clear_padding(mask, q, k, v)
+    _, _, v = clear_padding(mask, q, k, v)  # hidden logits are replaced: here only v could leak
     batch, num_queries, num_heads, _ = q.shape
     num_keys, num_kv_heads = k.shape[1:3]
     stats = jnp.promote_types(q.dtype, jnp.float32)

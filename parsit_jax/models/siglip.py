@@ -13,7 +13,8 @@ from kernels import Mask, attention
 from parsit_jax.models.config import PositionTable, VisionConfig
 from vishwamai.models.config import Remat
 from vishwamai.models.layers import Carried, Embedding, LayerNorm, Linear, parameter, scan, stack
-from vishwamai.models.transformer import CHECKPOINT
+from vishwamai.models.transformer import ACTIVATION, CHECKPOINT
+from vishwamai.parallel.sharding import constrain
 
 XAVIER = initializers.xavier_uniform()
 
@@ -140,9 +141,10 @@ class SiglipVision(nnx.Module):
         """`patches` B P C: uint8 pixels (normalised here to [-1, 1], SigLIP's mean and deviation 0.5) or floats."""
         if patches.dtype == jnp.uint8:
             patches = patches.astype(jnp.float32) / 127.5 - 1.0
-        x = self.embeddings(patches.astype(dtype), positions, grid)
+        x = constrain(self.embeddings(patches.astype(dtype), positions, grid), *ACTIVATION)
         mask = Mask(q_segment_ids=segment_ids, kv_segment_ids=segment_ids)
-        x, _ = scan(self.layers, lambda layer, x, _: (layer(x, mask), None), x, None, CHECKPOINT[remat])
+        body = lambda layer, x, _: (constrain(layer(x, mask), *ACTIVATION), None)  # noqa: E731
+        x, _ = scan(self.layers, body, x, None, CHECKPOINT[remat])
         return self.post_layernorm(x) if self.normalise_output else x
 
 

@@ -49,9 +49,7 @@ def save_parameters(run_dir: str | Path, parameters: nnx.State, step: int = 0) -
     return folder / str(step)
 
 
-def load_arrays(
-    run_dir: str | Path, step: int, abstract: nnx.State, shardings: nnx.State | None = None
-) -> Arrays:
+def load_arrays(run_dir: str | Path, step: int, abstract: nnx.State, shardings: nnx.State | None = None) -> Arrays:
     """All parameters of one checkpoint by name, one array per layer, in the dtypes that they were saved in.
 
     `abstract` says their names and shapes, `shardings` where they shall lie (default: the first device). Raises

@@ -13,6 +13,9 @@ from vishwamai.data.batch import Batch
 from vishwamai.models.attention import Attention, KeysValues, KVCache, rotary
 from vishwamai.models.config import Remat, TextConfig
 from vishwamai.models.layers import Embedding, Linear, RMSNorm, scan, stack, unstack
+from vishwamai.parallel.sharding import constrain
+
+ACTIVATION = ("rows", None, None)  # rows over devices; what a row holds is whole on each
 
 CHECKPOINT = {
     Remat.NONE: None,
@@ -92,8 +95,8 @@ class Transformer(nnx.Module):
         """
         angles = self.angles(positions)
         if cache is None:
-            body = lambda layer, x, _: (layer(x, angles, mask)[0], None)  # noqa: E731
-            x, _ = scan(self.layers, body, x, None, CHECKPOINT[remat])
+            body = lambda layer, x, _: (constrain(layer(x, angles, mask)[0], *ACTIVATION), None)  # noqa: E731
+            x, _ = scan(self.layers, body, constrain(x, *ACTIVATION), None, CHECKPOINT[remat])
             return self.norm(x), None
         written = []
         for layer, past in zip(layers or unstack(self.layers), cache.layers, strict=True):

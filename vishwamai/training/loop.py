@@ -4,7 +4,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,13 @@ class StopRequest:
     by: signal.Signals | None = None
 
 
-@dataclass
-class _Clock:
-    """Time, tokens and waiting since the last line of metrics."""
+@dataclass(frozen=True)
+class _Taken:
+    """A step that the device was given, and whose metrics have not been fetched."""
 
-    began: float = field(default_factory=time.perf_counter)
-    steps: int = 0
-    tokens: int = 0
-    waited: float = 0.0
+    step: int
+    batch: Batch
+    metrics: dict[str, Any]
 
 
 def train(
@@ -55,56 +54,84 @@ def train(
     NonFiniteGradients with the batch saved, CheckpointError when the state can't be written.
     """
     run_dir, steps, start = Path(experiment.run_dir), experiment.training.steps, int(state.step)
-    rows, peak = row_sharding(trainer.mesh), peak_flops(trainer.mesh.devices.flat[0])
-    clock = _Clock()
-    pending: tuple[int, dict[str, Any], Batch] | None = None
-
-    def settle() -> None:
-        """Fetches the pending step's metrics, stops if it was unhealthy, writes its line if one is due."""
-        nonlocal pending, clock
-        if pending is None:
-            return
-        (step, metrics, batch), pending = pending, None
-        line = scalars(jax.device_get(metrics))
-        if not line.pop("healthy"):
-            bad = source.batch(int(state.step))
-            raise explain(trainer, state, jax.device_put(bad, rows), run_dir)
-        clock.steps += 1
-        clock.tokens += int(np.count_nonzero(batch.segment_ids))
-        if step % experiment.logging.every and step != steps:
-            return
-        seconds = (time.perf_counter() - clock.began) / clock.steps
-        speed = {"tokens_per_second": clock.tokens / clock.steps / seconds, "seconds": seconds}
-        line = {"step": step, "loss": line.pop("loss")} | speed | line
-        line |= {"data_wait": clock.waited / clock.steps / seconds, "memory_gb": memory_gb()}
-        if peak:
-            flops = flops_per_step(trainer.abstract, text_config, batch)
-            line["mfu"] = flops / seconds / (peak * trainer.mesh.size)
-        writer.write(line)
-        progress.update(line)
-        clock = _Clock()
-
+    rows = row_sharding(trainer.mesh)
     with (
         MetricsWriter(run_dir, start, experiment.logging.tensorboard) as writer,
         ProgressReport(start, steps) as progress,
         _stop_on_signals() as stop,
     ):
+        clock = _Clock(trainer, text_config)
+        taken: _Taken | None = None
+
+        def settle() -> None:
+            """Fetches the metrics of the step taken last: stops if it was unhealthy, tells of it if a line is due."""
+            if taken is None:
+                return
+            metrics = scalars(jax.device_get(taken.metrics))
+            if not metrics.pop("healthy"):
+                culprit = source.batch(int(state.step))
+                raise explain(trainer, state, jax.device_put(culprit, rows), run_dir)
+            clock.count(taken.batch)
+            if taken.step % experiment.logging.every == 0 or taken.step == steps:
+                line = {"step": taken.step, "loss": metrics.pop("loss")} | clock.read(taken.batch) | metrics
+                writer.write(line)
+                progress.update(line)
+
         batches = loader(source, start, steps)
         for step in range(start + 1, steps + 1):
-            asked = time.perf_counter()
-            batch = next(batches)
-            clock.waited += time.perf_counter() - asked
+            with clock.waiting():
+                batch = next(batches)
             state, metrics = trainer.step(state, jax.device_put(batch, rows))
-            settle()
-            pending = (step, metrics, batch)
-            if step == steps or stop.by or step % experiment.checkpoint.every == 0:
+            settle()  # of the step before, while the device works on this one
+            taken = _Taken(step, batch, metrics)
+            if stop.by or step == steps or step % experiment.checkpoint.every == 0:
                 settle()  # only a state that is known to be healthy is saved
+                taken = None
                 checkpoints.save(step, state)
             checkpoints.check()
             if stop.by:
                 break
         checkpoints.wait()
     return state, stop.by
+
+
+class _Clock:
+    """Speed since it was read last."""
+
+    def __init__(self, trainer: Trainer, text_config: TextConfig):
+        self._trainer, self._text_config = trainer, text_config
+        peak = peak_flops(trainer.mesh.devices.flat[0])
+        self._peak = peak and peak * trainer.mesh.size
+        self._reset()
+
+    def _reset(self) -> None:
+        self._began, self._steps, self._tokens, self._waited = time.perf_counter(), 0, 0, 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time in here is spent waiting for data."""
+        began = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - began
+
+    def count(self, batch: Batch) -> None:
+        self._steps += 1
+        self._tokens += int(np.count_nonzero(batch.segment_ids))
+
+    def read(self, batch: Batch) -> dict[str, float]:
+        """Means over the steps counted: seconds of one, tokens per second, share of waiting, memory, MFU if known."""
+        elapsed = time.perf_counter() - self._began
+        seconds = elapsed / self._steps
+        speed = {
+            "tokens_per_second": self._tokens / elapsed,
+            "seconds": seconds,
+            "data_wait": self._waited / elapsed,
+            "memory_gb": memory_gb(),
+        }
+        if self._peak:
+            speed["mfu"] = flops_per_step(self._trainer.abstract, self._text_config, batch) / seconds / self._peak
+        self._reset()
+        return speed
 
 
 @contextmanager

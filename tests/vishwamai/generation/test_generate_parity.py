@@ -12,6 +12,10 @@ from vishwamai.generation import generate
 @pytest.mark.parametrize("changes", [{}, dict(tie_word_embeddings=False, num_key_value_heads=1)], ids=["tied 4:1", "untied 8:1"])
 def test_greedy_tokens_equal_transformers(changes, tmp_path):
     theirs = randomised(transformers.Qwen3ForCausalLM(text_config(**changes)), seed=3)
+    theirs.get_input_embeddings().weight.data *= 0.1  # or the text goes round in circles
+    for layer in theirs.model.layers:
+        layer.self_attn.o_proj.weight.data *= 4
+        layer.mlp.down_proj.weight.data *= 4
     ours = VishwamAI.from_pretrained(saved(theirs, tmp_path))
     ids = np.random.default_rng(0).integers(1, 199, (4, 19))
     mask = np.ones_like(ids)
@@ -27,6 +31,6 @@ def test_greedy_tokens_equal_transformers(changes, tmp_path):
 
     expected, got = both([])
     np.testing.assert_array_equal(got, expected)
-    assert all(len(set(row)) > 6 for row in got.tolist())
+    assert len(np.unique(got)) > 20  # a loop of few tokens could hide a broken cache
     end = [int(expected[0, 9]), int(expected[2, 4])]
     np.testing.assert_array_equal(*both(end))

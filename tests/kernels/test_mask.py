@@ -1,0 +1,139 @@
+"""Masks against small arrays written by hand, and what a Mask refuses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels import Mask, attention
+from kernels.attention.mask import key_range, visible
+
+HAND_WRITTEN = {
+    "causal": (
+        Mask(causal=True),
+        ["1000", "1100", "1110", "1111"],
+    ),
+    "window of two": (
+        Mask(causal=True, window=2),
+        ["1000", "1100", "0110", "0011"],
+    ),
+    "window wider than the text": (
+        Mask(causal=True, window=9),
+        ["1000", "1100", "1110", "1111"],
+    ),
+    "prefix of three": (
+        Mask(causal=True, prefix_length=3),
+        ["1110", "1110", "1110", "1111"],
+    ),
+    "window and prefix": (
+        Mask(causal=True, window=1, prefix_length=1),
+        ["1000", "1100", "1010", "1001"],
+    ),
+    "packed, padded": (
+        Mask(causal=True, q_segment_ids=np.array([[1, 1, 2, 0]])),
+        ["1000", "1100", "0010", "0000"],
+    ),
+    "segments, both ways": (
+        Mask(q_segment_ids=np.array([[1, 2, 2, 0]]), kv_segment_ids=np.array([[2, 1, 0, 2]])),
+        ["0100", "1001", "1001", "0000"],
+    ),
+    "prefix inside a segment only": (
+        Mask(causal=True, prefix_length=3, q_segment_ids=np.array([[1, 1, 2, 2]])),
+        ["1100", "1100", "0010", "0011"],
+    ),
+    "block": (
+        Mask(causal=True, block_ids=np.array([[0, 5, 5, 0]])),
+        ["1000", "1110", "1110", "1111"],
+    ),
+    "block across segments": (
+        Mask(causal=True, block_ids=np.array([[5, 5, 5, 5]]), q_segment_ids=np.array([[1, 1, 2, 2]])),
+        ["1100", "1100", "0011", "0011"],
+    ),
+    "block that a window does not cut": (
+        Mask(causal=True, window=1, block_ids=np.array([[0, 5, 5, 0]])),
+        ["1000", "0110", "0110", "0001"],
+    ),
+    "key length": (
+        Mask(kv_length=2),
+        ["1100", "1100", "1100", "1100"],
+    ),
+    "key length of nothing": (
+        Mask(kv_length=np.array([0])),
+        ["0000", "0000", "0000", "0000"],
+    ),
+    "two cached": (
+        Mask(causal=True, q_offset=2),
+        ["1110", "1111", "1111", "1111"],
+    ),
+    "before the first key": (
+        Mask(causal=True, q_offset=np.array([-2])),
+        ["0000", "0000", "1000", "1100"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HAND_WRITTEN)
+def test_hand_written(name):
+    mask, rows = HAND_WRITTEN[name]
+    expected = np.array([[digit == "1" for digit in row] for row in rows])
+    np.testing.assert_array_equal(visible(mask, 0, 4, 0, 4)[0], expected)
+    np.testing.assert_array_equal(visible(mask, 1, 2, 1, 3)[0], expected[1:3, 1:4])
+    # What is skipped without looking holds nothing.
+    for start in range(4):
+        low, high = key_range(mask, start, start + 1, 4)
+        assert not expected[start, :low].any() and not expected[start, high:].any()
+
+
+def test_rows_of_a_batch_have_lengths_of_their_own():
+    mask = Mask(causal=True, q_offset=np.array([0, 2]), kv_length=np.array([4, 1]), prefix_length=np.array([2, 0]))
+    first, second = np.asarray(visible(mask, 0, 2, 0, 4))
+    np.testing.assert_array_equal(first, [[1, 1, 0, 0], [1, 1, 0, 0]])
+    np.testing.assert_array_equal(second, [[1, 0, 0, 0], [1, 0, 0, 0]])
+
+
+def test_nothing_hidden_needs_no_array():
+    assert visible(Mask(), 0, 4, 0, 4) is None
+
+
+def test_a_causal_mask_skips_what_lies_ahead():
+    assert key_range(Mask(causal=True), 16, 32, 64) == (0, 32)
+    assert key_range(Mask(causal=True, window=8), 16, 32, 64) == (9, 32)
+    assert key_range(Mask(causal=True, q_offset=20), 16, 32, 64) == (0, 52)
+    assert key_range(Mask(causal=True, window=8, prefix_length=4), 16, 32, 64) == (0, 32)
+    assert key_range(Mask(causal=True, kv_length=7), 16, 32, 64) == (0, 7)
+    assert key_range(Mask(causal=True, block_ids=np.ones((1, 64), int)), 16, 32, 64) == (0, 64)
+    assert key_range(Mask(causal=True, q_offset=jnp.array(3)), 16, 32, 64) == (0, 64)
+
+
+def test_ints_stay_static_and_arrays_are_leaves():
+    mask = Mask(causal=True, window=4, prefix_length=2, q_offset=jnp.array([1]), kv_length=jnp.array(3))
+    assert len(jax.tree.leaves(mask)) == 2
+    seen = []
+    jax.jit(lambda m: seen.append(m) or m.kv_length)(mask)
+    assert (seen[0].causal, seen[0].window, seen[0].prefix_length) == (True, 4, 2)
+    doubled = jax.tree.map(lambda x: 2 * x, mask)
+    assert doubled.kv_length == 6 and doubled.q_offset.tolist() == [2] and doubled.prefix_length == 2
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"window": 3}, "needs causal=True"),
+        ({"causal": True, "window": 0}, "at least 1"),
+        ({"kv_segment_ids": np.ones((2, 4), int)}, "without q_segment_ids"),
+        ({"q_segment_ids": np.ones((2, 4), int)}, "need kv_segment_ids too"),
+        ({"q_segment_ids": np.ones(4, int), "kv_segment_ids": np.ones((2, 6), int)}, r"q_segment_ids .* \(2, 4\)"),
+        ({"kv_length": np.ones((2, 1), int)}, r"kv_length must have shape \(\) or \(2,\), found \(2, 1\)"),
+        ({"causal": True, "block_ids": np.ones((2, 4), int)}, "block_ids needs as many keys as queries"),
+    ],
+)
+def test_what_does_not_fit_is_refused(fields, message):
+    q, k = np.zeros((2, 4, 2, 8), np.float32), np.zeros((2, 6, 2, 8), np.float32)
+    with pytest.raises(ValueError, match=message):
+        attention(q, k, k, Mask(**fields))
+
+
+def test_lengths_are_integers():
+    q = np.zeros((2, 4, 2, 8), np.float32)
+    with pytest.raises(TypeError, match="Mask.kv_length must hold integers, found float32"):
+        attention(q, q, q, Mask(kv_length=np.float32(3)))
