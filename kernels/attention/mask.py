@@ -140,7 +140,7 @@ def visible(mask: Mask, q_start: Index, num_queries: int, kv_start: Index, num_k
 
 
 def key_range(mask: Mask, q_start: int, q_stop: int, num_keys: int) -> tuple[int, int]:
-    """Static [low, high) outside of which no query in [q_start, q_stop) sees a key, as far as tracing can know."""
+    """Static [low, high), never empty: the keys outside are hidden from every query in [q_start, q_stop)."""
     low, high = 0, num_keys
     if isinstance(mask.kv_length, int):
         high = min(high, mask.kv_length)
@@ -149,8 +149,8 @@ def key_range(mask: Mask, q_start: int, q_stop: int, num_keys: int) -> tuple[int
         high = min(high, max(mask.q_offset + q_stop, mask.prefix_length or 0))
         if mask.window is not None and not mask.prefix_length:
             low = mask.q_offset + q_start - mask.window + 1
-    high = max(high, 0)
-    return min(max(low, 0), high), high
+    high = max(high, 1)
+    return min(max(low, 0), high - 1), high
 
 
 def clear_padding(mask: Mask, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

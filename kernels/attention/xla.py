@@ -39,7 +39,7 @@ def plan(batch_heads: int, num_queries: int, num_keys: int, mask: Mask) -> list[
     for start in range(0, num_queries, step):
         stop = min(start + step, num_queries)
         low, high = key_range(mask, start, stop, num_keys)
-        rows = min(stop - start, max(MIN_BLOCK, BLOCK_LOGITS // (batch_heads * max(high - low, 1))))
+        rows = min(stop - start, max(MIN_BLOCK, BLOCK_LOGITS // (batch_heads * (high - low))))
         blocks, rest = divmod(stop - start, rows)
         pieces.append(Piece(start, rows, blocks, low, high))
         if rest:
@@ -114,7 +114,7 @@ def _backward(scale, softcap, saved, cotangents):
         sums = tuple(total.at[..., keys].add(part) for total, part in zip(sums, (d_k, d_v), strict=True))
         return sums, d_q.reshape(*logits.shape[:-1], -1).astype(q.dtype)
 
-    sums = tuple(jnp.zeros(x.swapaxes(2, 3).shape, lse.dtype) for x in (k_rows, v_rows))
+    sums = tuple(jnp.zeros_like(x.swapaxes(2, 3), lse.dtype) for x in (k_rows, v_rows))
     d_q = []
     for piece in plan(batch * num_heads, num_queries, num_keys, mask):
         sums, part = _each_block(block, sums, piece)

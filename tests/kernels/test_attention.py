@@ -36,7 +36,7 @@ def inputs(seed: int, batch: int, queries: int, keys: int, heads: int, kv_heads:
     return [x.astype(np.float32) for x in (q, k, draw((batch, keys, kv_heads, v_width or width)))]
 
 
-def everything(qkv, mask=None, sinks=None, backend="auto", jit=True, **options):
+def everything(qkv, mask=None, sinks=None, backend="auto", **options):
     """Output, log-sum-exp and the gradients of a loss that weighs both."""
 
     def loss(q, k, v, sinks):
@@ -46,7 +46,7 @@ def everything(qkv, mask=None, sinks=None, backend="auto", jit=True, **options):
         return jnp.sum(weights * out.astype(lse.dtype)) + jnp.sum(seen), (out, lse)
 
     run = jax.value_and_grad(loss, (0, 1, 2) if sinks is None else (0, 1, 2, 3), has_aux=True)
-    (_, outputs), gradients = (jax.jit(run) if jit else run)(*qkv, sinks)
+    (_, outputs), gradients = jax.jit(run)(*qkv, sinks)
     return dict(zip(NAMES, (*outputs, *gradients), strict=False))
 
 
@@ -55,7 +55,7 @@ def exact(qkv, mask=None, sinks=None, **options):
     wide = [np.asarray(x).astype(np.float64) for x in qkv]
     with jax.enable_x64(True):
         sinks = None if sinks is None else np.asarray(sinks, np.float64)
-        found = everything(wide, mask, sinks, "reference", jit=False, **options)
+        found = everything(wide, mask, sinks, "reference", **options)
         assert all(x.dtype == np.float64 for x in found.values())
         return {name: np.asarray(x) for name, x in found.items()}
 
@@ -195,8 +195,9 @@ def test_nan_in_padding_reaches_nothing(backend):
     for name, value in clean.items():
         np.testing.assert_array_equal(found[name], value, err_msg=name)
     # Nor does a NaN that flows back into padding.
-    _, back = jax.vjp(lambda *qkv: attention(*qkv, mask, backend="xla"), q, k, v)
-    for gradient in back(jnp.where((segments == 0)[..., None, None], jnp.nan, jnp.ones_like(q))):
+    d_out = jnp.where((segments == 0)[..., None, None], jnp.nan, jnp.ones_like(q))
+    back = jax.jit(lambda *qkv: jax.vjp(lambda *x: attention(*x, mask), *qkv)[1](d_out))
+    for gradient in back(q, k, v):
         assert jnp.isfinite(gradient).all()
 
 
@@ -205,7 +206,8 @@ def test_causality_shows_in_the_gradients(blocks):
     qkv = inputs(6, 1, 19, 19, 2, 1, 8)
     with blocks():
         for t in (0, 7, 18):
-            _, d_k, d_v = jax.grad(lambda *x, t=t: jnp.sum(attention(*x, Mask(causal=True))[0, t]), (0, 1, 2))(*qkv)
+            row = jax.grad(lambda *x, t=t: jnp.sum(attention(*x, Mask(causal=True))[0, t]), (0, 1, 2))
+            _, d_k, d_v = jax.jit(row)(*qkv)
             for gradient in (d_k, d_v):
                 touched = np.abs(gradient[0]).sum((1, 2)) > 0
                 assert not touched[t + 1 :].any()
@@ -217,11 +219,11 @@ def test_packed_documents_are_as_if_alone():
     q, k, v = inputs(7, 1, 20, 20, 4, 2, 8)
     segments = np.repeat([1, 2, 3, 0], [*lengths, 2])[None]
     with small_blocks():
-        packed = attention(q, k, v, Mask(causal=True, window=7, q_segment_ids=segments))
+        packed = jax.jit(attention)(q, k, v, Mask(causal=True, window=7, q_segment_ids=segments))
     start = 0
     for length in lengths:
         part = slice(start, start + length)
-        alone = attention(q[:, part], k[:, part], v[:, part], Mask(causal=True, window=7))
+        alone = jax.jit(attention)(q[:, part], k[:, part], v[:, part], Mask(causal=True, window=7))
         np.testing.assert_allclose(packed[:, part], alone, rtol=0, atol=1e-6)
         start += length
     assert not packed[:, start:].any()
@@ -229,7 +231,7 @@ def test_packed_documents_are_as_if_alone():
 
 def test_one_token_at_a_time_is_the_whole_text():
     q, k, v = inputs(8, 2, 9, 9, 4, 2, 8)
-    whole = attention(q, k, v, Mask(causal=True, window=4))
+    whole = jax.jit(attention)(q, k, v, Mask(causal=True, window=4))
     step = jax.jit(lambda q, offset: attention(q, k, v, Mask(causal=True, window=4, q_offset=offset)))
     for t in range(9):
         np.testing.assert_allclose(step(q[:, t : t + 1], jnp.array(t))[:, 0], whole[:, t], rtol=0, atol=1e-6)

@@ -76,8 +76,8 @@ HAND_WRITTEN = {
 def test_hand_written(name):
     mask, rows = HAND_WRITTEN[name]
     expected = np.array([[digit == "1" for digit in row] for row in rows])
-    np.testing.assert_array_equal(visible(mask, 0, 4, 0, 4)[0], expected)
-    np.testing.assert_array_equal(visible(mask, 1, 2, 1, 3)[0], expected[1:3, 1:4])
+    np.testing.assert_array_equal(np.broadcast_to(visible(mask, 0, 4, 0, 4), (1, 4, 4))[0], expected)
+    np.testing.assert_array_equal(np.broadcast_to(visible(mask, 1, 2, 1, 3), (1, 2, 3))[0], expected[1:3, 1:4])
     # What is skipped without looking holds nothing.
     for start in range(4):
         low, high = key_range(mask, start, start + 1, 4)

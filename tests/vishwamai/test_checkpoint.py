@@ -16,7 +16,7 @@ from numpy.testing import assert_array_equal
 
 from vishwamai import checkpoint
 from vishwamai.checkpoint import CheckpointError, Checkpoints
-from vishwamai.checkpoint.layers import stack, unstack
+from vishwamai.checkpoint.layers import stack, unstack, unstacked_shardings
 from vishwamai.parallel.mesh import MeshConfig
 
 
@@ -53,6 +53,13 @@ def test_one_array_per_layer(trainer_for):
     assert_same(stack(flat, parameters), parameters)
 
 
+def test_a_layer_lies_on_the_mesh_as_its_stack_does(trainer_for):
+    trainer = trainer_for(mesh={"fsdp": 4, "tensor": 2})
+    shardings = unstacked_shardings(trainer.abstract.trainable, trainer.shardings.trainable)
+    assert shardings["layers.1.mlp.down_proj.kernel"].spec == PartitionSpec("tensor", "fsdp")
+    assert shardings["embed_tokens.embedding"].spec == PartitionSpec("tensor", "fsdp")
+
+
 def test_restores_every_bit_onto_another_mesh(tmp_path, trainer_for):
     one = trainer_for(training={"trainable": ["layers.*"]})
     initial = saved(tmp_path, one, 3)
@@ -68,7 +75,7 @@ def test_restores_every_bit_onto_another_mesh(tmp_path, trainer_for):
 
 def test_saving_survives_donation(tmp_path, trainer_for):
     """The state is overwritten in place while it is still being written."""
-    trainer = trainer_for()
+    trainer = trainer_for(model={"vocab_size": 60_000})
     state = trainer.initial()
     expected = jax.tree.map(np.array, state.parameters)
     clear = jax.jit(lambda state: jax.tree.map(jnp.zeros_like, state), donate_argnums=0)

@@ -35,9 +35,7 @@ class Checkpoints:
             | unstacked_shardings(abstract.frozen, shardings.frozen),
             "optimizer": unstacked_shardings(abstract.optimizer, shardings.optimizer),
         }
-        # Copies, because the next step takes the state's own buffers while these are still being written.
-        copied = lambda state: jax.tree.map(jnp.copy, _items(state))  # noqa: E731
-        self._copied_items = jax.jit(copied, out_shardings=self._shardings)
+        self._items = jax.jit(_items, out_shardings=self._shardings)
         self._state = jax.jit(lambda items, step: _state(items, step, abstract), out_shardings=shardings)
         self._manager = open_manager(self.folder, max_to_keep=keep)
         self._saving: int | None = None
@@ -66,7 +64,8 @@ class Checkpoints:
         self.wait()
         self._saving = step
         with self._explained():
-            save(self._manager, step, self._copied_items(state))
+            # Returns when all is in the host's memory, so that the next step may take the state's buffers.
+            save(self._manager, step, self._items(state))
 
     def check(self) -> None:
         """Raises CheckpointError if the save in the background has failed; does not wait."""

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Int
 
 from vishwamai.data.batch import Batch
 from vishwamai.generation.prompts import bucket, extended_left
-from vishwamai.generation.sampling import Sampling, Settings, sample
+from vishwamai.generation.sampling import GREEDY, Sampling, Settings, sample
 from vishwamai.models.attention import KVCache
 from vishwamai.models.layers import unstack
 
@@ -28,10 +28,10 @@ class Decoding:
     """Where a batch stands: between two rounds of the loop, or between two calls of it."""
 
     cache: KVCache
-    token: Int[Array, "B"]  # the latest of each row: written, but not yet in the cache
-    position: Int[Array, "B"]
-    segment_id: Int[Array, "B"]
-    ended: Bool[Array, "B"]
+    token: Int[Array, " B"]  # the latest of each row: written, but not yet in the cache
+    position: Int[Array, " B"]
+    segment_id: Int[Array, " B"]
+    ended: Bool[Array, " B"]
     tokens: Int[Array, "B M"]  # what was generated, with room for more
     count: Int[Array, ""]  # how many of `tokens` are there
 
@@ -41,7 +41,7 @@ class Decoding:
 class Ending:
     """The ids after which a row is over, and the id it is then filled with."""
 
-    end_ids: Int[Array, "E"]
+    end_ids: Int[Array, " E"]
     pad_id: Int[Array, ""]
 
 
@@ -53,7 +53,7 @@ def generate(
     max_new_tokens: int,
     end_ids: Sequence[int],
     pad_id: int,
-    sampling: Sampling = Sampling(),
+    sampling: Sampling = GREEDY,
     dtype: Any = jnp.float32,
 ) -> Int[np.ndarray, "B M"]:
     """The tokens that follow each row, M = max_new_tokens.

@@ -35,6 +35,6 @@ def extended_left(batch: Batch, length: int) -> Batch:
 
 
 def bucket(length: int) -> int:
-    """The length rounded up to one of four per octave (..., 64, 80, 96, 112, 128, 160, ...): each shape compiles anew."""
+    """The length rounded up to one of four per octave (64, 80, 96, 112, 128, 160, ...): each shape compiles anew."""
     step = max(8, 2 ** (length - 1).bit_length() // 8)
     return -(-length // step) * step

@@ -46,14 +46,17 @@ class Sampling:
         )
 
 
+GREEDY = Sampling()
+
+
 class Settings(NamedTuple):
-    keys: Key[Array, "B"]
+    keys: Key[Array, " B"]
     temperature: Float[Array, ""]
     top_k: Int[Array, ""]
     top_p: Float[Array, ""]
 
 
-def sample(logits: Float[Array, "B V"], settings: Settings, step: Int[Array, ""]) -> Int[Array, "B"]:
+def sample(logits: Float[Array, "B V"], settings: Settings, step: Int[Array, ""]) -> Int[Array, " B"]:
     """One token for each row; `step` is the number of tokens that the row has had."""
 
     def drawn():
@@ -73,7 +76,9 @@ def likely(logits: Float[Array, "B V"], top_k: Int[Array, ""], top_p: Float[Arra
     return kept & at_least(weights, weights, top_p * jnp.sum(weights, axis=-1))
 
 
-def at_least(values: Float[Array, "B V"], amounts: Float[Array, "B V"], total: Float[Array, "..."]) -> Bool[Array, "B V"]:
+def at_least(
+    values: Float[Array, "B V"], amounts: Float[Array, "B V"], total: Float[Array, "..."]
+) -> Bool[Array, "B V"]:
     """The largest values of a row, as many as it takes for their amounts to sum up to `total`.
 
     `values` in [0, 1], float32. The smallest value to keep is searched by bisection of its bits (floats from 0 up are

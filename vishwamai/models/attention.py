@@ -34,7 +34,7 @@ class KVCache:
     length: Int[Array, ""]  # slots written so far, the same for all rows (prompts are padded on the left)
 
     def mask(self, q_segment_ids: Int[Array, "B T"]) -> Mask:
-        """What the T tokens behind the cached ones see: all of their segment that is cached, and each other causally."""
+        """What the T tokens behind the cached ones see: their segment in the cache, and each other causally."""
         ids = self.segment_ids
         return Mask(causal=True, q_segment_ids=q_segment_ids, kv_segment_ids=ids, q_offset=self.length)
 
@@ -85,8 +85,7 @@ class Attention(nnx.Module):
         v = self.v_proj(x).reshape(split)
         if past is not None:
             k, v = (
-                jax.lax.dynamic_update_slice(old, new, (0, length, 0, 0))
-                for old, new in zip(past, (k, v), strict=True)
+                jax.lax.dynamic_update_slice(old, new, (0, length, 0, 0)) for old, new in zip(past, (k, v), strict=True)
             )
         out = attention(q, k, v, mask)
         return self.o_proj(out.reshape(*x.shape[:2], -1)), KeysValues(k, v)

@@ -102,4 +102,5 @@ def unstack(layers: nnx.Module) -> list[nnx.Module]:
     """The layers of a stack one by one. Their parameters are copies: a slice read in a loop is copied each time."""
     graph, state = nnx.split(layers)
     depth = jax.tree.leaves(state)[0].shape[0]
-    return [nnx.merge(graph, jax.tree.map(lambda x: x[i], state)) for i in range(depth)]
+    layer = lambda i: nnx.merge(graph, jax.tree.map(lambda x: x[i], state))  # noqa: E731
+    return [layer(i) for i in range(depth)]

@@ -109,12 +109,11 @@ class Transformer(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """As `decoder` without a cache, and a cache of the T tokens with S - T free slots (their segments known)."""
         angles = self.angles(positions)
-        x, stacked = scan(self.layers, lambda layer, x, _: layer(x, angles, mask), x)
+        x, (keys, values) = scan(self.layers, lambda layer, x, _: layer(x, angles, mask), x)
         length, slots = positions.shape[1], segment_ids.shape[1]
         free = ((0, 0), (0, slots - length), (0, 0), (0, 0))
         layers = tuple(
-            jax.tree.map(lambda all_layers: jnp.pad(all_layers[i], free), stacked)
-            for i in range(self.config.num_hidden_layers)
+            KeysValues(jnp.pad(keys[i], free), jnp.pad(values[i], free)) for i in range(self.config.num_hidden_layers)
         )
         return self.norm(x), KVCache(layers, segment_ids, jnp.int32(length))
 

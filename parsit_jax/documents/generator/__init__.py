@@ -47,6 +47,7 @@ _KINDS = {
     "forms": _Kind(forms.compose_form, forms.LAYOUTS),
     "tables": _Kind(tables.compose_table, tables.LAYOUTS),
     "charts": _Kind(charts.compose_chart, charts.LAYOUTS),
+    "plain_lines": _Kind(lines.compose_plain_line, lines.LAYOUTS),
     "lines": _Kind(lines.compose_lines, lines.LAYOUTS),
     "notes": _Kind(lines.compose_notes, lines.LAYOUTS),
     "primer": _Kind(primer.compose_primer, primer.LAYOUTS, primer.TRAIN_FONTS),

@@ -1,8 +1,9 @@
-"""Mixed text without a form: one to three lines anywhere on the page (`lines`), or a page full (`notes`).
+"""Mixed text without a form: a clean line (`plain_lines`), up to three (`lines`), or a page full (`notes`).
 
 For learning to read before learning to answer, so there are no questions.
 """
 
+from dataclasses import replace
 from functools import partial
 
 from parsit_jax.documents.generator import values
@@ -55,14 +56,15 @@ def _row(source: Source, at: float | None) -> Row:
 
 
 def compose(
-    source: Source, layout: str, font: str, height: int, width: int, *, fewest: int, most: int
+    source: Source, layout: str, font: str, height: int, width: int, *, fewest: int, most: int, plain: bool = False
 ) -> Composition | None:
-    """Draws `fewest` to `most` lines; None where they do not fit the page."""
+    """Draws `fewest` to `most` lines, `plain` ones black on white; None where they do not fit the page."""
     at = source.pick((None, 0.0, 0.0, 0.5))
     rows = [_row(source, at) for _ in range(source.integer(fewest, most))]
     page = arrange(source, rows, font, height, width, border=source.chance(0.05))
-    return Composition(page) if page else None
+    return Composition(replace(page, plain=plain)) if page else None
 
 
+compose_plain_line = partial(compose, fewest=1, most=1, plain=True)
 compose_lines = partial(compose, fewest=1, most=3)
 compose_notes = partial(compose, fewest=5, most=9)

@@ -21,7 +21,7 @@ from parsit_jax.documents.generator import (
 )
 from parsit_jax.evaluation.metrics import anls
 
-ASKED = tuple(kind for kind in KINDS if kind not in ("lines", "notes", "primer"))
+ASKED = tuple(kind for kind in KINDS if kind not in ("plain_lines", "lines", "notes", "primer"))
 
 
 @cache

@@ -35,7 +35,11 @@ def split(**changes):
     return nnx.split(model)
 
 
-@pytest.fixture(scope="module", params=[dict(), dict(tie_word_embeddings=False, num_key_value_heads=6)], ids=["tied 3:1", "untied 1:1"])
+@pytest.fixture(
+    scope="module",
+    params=[dict(), dict(tie_word_embeddings=False, num_key_value_heads=6)],
+    ids=["tied 3:1", "untied 1:1"],
+)
 def model(request):
     return split(**request.param)
 
@@ -113,7 +117,9 @@ def test_the_loop_can_stop_and_go_on(small):
     further, state = started(small, [])
     state = further(further(state, 5), 11)
     assert int(state.count) == 11
-    np.testing.assert_array_equal(state.tokens[:, :11], generate(*small, left_padded(PROMPTS, 0), max_new_tokens=11, **FREE))
+    np.testing.assert_array_equal(
+        state.tokens[:, :11], generate(*small, left_padded(PROMPTS, 0), max_new_tokens=11, **FREE)
+    )
 
 
 def test_shapes_of_one_bucket_compile_once(small):

@@ -2,20 +2,18 @@
 
 import numpy as np
 import pytest
-from parity import randomised, saved, text_config, torch, transformers
+from parity import randomised, saved, text_config, torch, transformers, wakeful
 
 from vishwamai import VishwamAI
 from vishwamai.data.batch import text_batch
 from vishwamai.generation import generate
 
 
-@pytest.mark.parametrize("changes", [{}, dict(tie_word_embeddings=False, num_key_value_heads=1)], ids=["tied 4:1", "untied 8:1"])
+@pytest.mark.parametrize(
+    "changes", [{}, dict(tie_word_embeddings=False, num_key_value_heads=1)], ids=["tied 4:1", "untied 8:1"]
+)
 def test_greedy_tokens_equal_transformers(changes, tmp_path):
-    theirs = randomised(transformers.Qwen3ForCausalLM(text_config(**changes)), seed=3)
-    theirs.get_input_embeddings().weight.data *= 0.1  # or the text goes round in circles
-    for layer in theirs.model.layers:
-        layer.self_attn.o_proj.weight.data *= 4
-        layer.mlp.down_proj.weight.data *= 4
+    theirs = wakeful(randomised(transformers.Qwen3ForCausalLM(text_config(**changes)), seed=4))
     ours = VishwamAI.from_pretrained(saved(theirs, tmp_path))
     ids = np.random.default_rng(0).integers(1, 199, (4, 19))
     mask = np.ones_like(ids)
@@ -24,13 +22,11 @@ def test_greedy_tokens_equal_transformers(changes, tmp_path):
     def both(end):
         options = dict(max_new_tokens=24, do_sample=False, eos_token_id=end or None, pad_token_id=0)
         expected = theirs.generate(torch.tensor(ids), attention_mask=torch.tensor(mask), **options)[:, 19:].numpy()
-        got = generate(
-            ours.graph, ours.parameters, text_batch(ids, mask), max_new_tokens=24, end_ids=end, pad_id=0
-        )
+        got = generate(ours.graph, ours.parameters, text_batch(ids, mask), max_new_tokens=24, end_ids=end, pad_id=0)
         return expected, got[:, : expected.shape[1]]
 
     expected, got = both([])
     np.testing.assert_array_equal(got, expected)
-    assert len(np.unique(got)) > 20  # a loop of few tokens could hide a broken cache
+    assert min(len(set(row)) for row in got.tolist()) > 10
     end = [int(expected[0, 9]), int(expected[2, 4])]
     np.testing.assert_array_equal(*both(end))

@@ -65,7 +65,12 @@ def sorted_reference(logits, top_k, top_p):
 
 
 @settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 2**31), scale=st.sampled_from([0.1, 1, 5, 40]), top_k=st.integers(1, V), top_p=st.floats(0.01, 0.99))
+@given(
+    seed=st.integers(0, 2**31),
+    scale=st.sampled_from([0.1, 1, 5, 40]),
+    top_k=st.integers(1, V),
+    top_p=st.floats(0.01, 0.99),
+)
 def test_what_is_left_equals_sorting(seed, scale, top_k, top_p):
     logits = np.random.default_rng(seed).normal(0, scale, (1, V)).astype(np.float32)
     kept = np.asarray(LIKELY(logits, jnp.int32(top_k), jnp.float32(top_p)))[0]

@@ -83,7 +83,7 @@ def test_accumulation_on_a_mesh(trainer_for, source, on_one_device):
     assert_allclose([m["loss"] for m in found], [m["loss"] for m in on_one_device], atol=1e-5)
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
+@pytest.mark.parametrize("remat", ["full", pytest.param("dots", marks=pytest.mark.slow)])
 def test_remat_changes_nothing_but_memory(trainer_for, source, on_one_device, remat):
     found = losses(trainer_for(training={"remat": remat}), source)
     assert_allclose([m["loss"] for m in found], [m["loss"] for m in on_one_device], atol=1e-6)
