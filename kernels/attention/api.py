@@ -13,6 +13,7 @@ from kernels.attention.mask import Mask, check
 logger = logging.getLogger("kernels")
 
 BACKENDS = {"reference": reference.attention, "xla": xla.attention}
+DTYPES = ("bfloat16", "float32", "float64")
 
 
 def attention(
@@ -40,7 +41,7 @@ def attention(
 
     Raises:
         ValueError: shapes that do not fit, an unknown backend, a mask that can't be honoured.
-        TypeError: q, k and v of different or non-float types; masks that are no integers.
+        TypeError: q, k and v of different types, or none of bfloat16, float32, float64; masks that are no integers.
     """
     mask = Mask() if mask is None else mask
     _check(q, k, v, mask, logit_softcap, sinks)
@@ -75,8 +76,10 @@ def _check(q, k, v, mask: Mask, logit_softcap, sinks) -> None:
         raise ValueError(f"q, k and v must share B, k and v also S and K, q and k also H, {found}")
     if num_heads % num_kv_heads:
         raise ValueError(f"the query heads must be a multiple of the key heads, {found}")
-    if not (q.dtype == k.dtype == v.dtype and jnp.issubdtype(q.dtype, jnp.floating)):
-        raise TypeError(f"q, k and v must have one float type, found {q.dtype}, {k.dtype}, {v.dtype}: cast them first")
+    if not (q.dtype == k.dtype == v.dtype and q.dtype in DTYPES):
+        raise TypeError(
+            f"q, k and v must all be one of {', '.join(DTYPES)}, found {q.dtype}, {k.dtype}, {v.dtype}: cast them first"
+        )
     if logit_softcap is not None and not logit_softcap > 0:
         raise ValueError(f"logit_softcap must be positive, found {logit_softcap}")
     if sinks is not None and sinks.shape != (num_heads,):

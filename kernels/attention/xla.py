@@ -75,46 +75,44 @@ def _forward(q, k, v, sinks, mask, scale, softcap):
         total = jnp.sum(weights, axis=-1, keepdims=True)
         total = total if sink is None else total + jnp.exp(sink - top)
         out = _dot("bkrs,bksh->bkrh", _flat(weights).astype(v.dtype), v_rows[:, :, piece.low : piece.high])
-        sees = top > hidden
-        out = jnp.where(sees, out.reshape(*top.shape[:-1], -1) / total, 0).astype(q.dtype)
-        return carry, (out, jnp.where(sees, top + jnp.log(total), -jnp.inf))
+        inverse = jnp.where(top > hidden, 1 / total, 0)  # 0 where a row sees nothing
+        return carry, ((out.reshape(*top.shape[:-1], -1) * inverse).astype(q.dtype), top, inverse)
 
     pieces = plan(batch * num_heads, num_queries, num_keys, mask)
     blocks = [_each_block(block, (), piece)[1] for piece in pieces]
-    out, lse = (_ungroup(parts) for parts in zip(*blocks, strict=True))
-    lse = lse[..., 0]
-    return (out, lse), (given, sinks, mask, out, lse)
+    out, top, inverse = (_ungroup(parts) for parts in zip(*blocks, strict=True))
+    lse = jnp.where(inverse > 0, top - jnp.log(inverse), -jnp.inf)[..., 0]
+    # The two are kept rather than lse: where logits are large, lse has no digits left for log(total).
+    return (out, lse), (given, sinks, mask, out, top, inverse)
 
 
 def _backward(scale, softcap, saved, cotangents):
-    (q, k, v), sinks, mask, out, lse = saved
+    (q, k, v), sinks, mask, out, top, inverse = saved
     q, k, v = clear_padding(mask, q, k, v)
     d_out, d_lse = cotangents
     batch, num_queries, num_heads, _ = q.shape
     num_keys, num_kv_heads = k.shape[1:3]
-    sees = jnp.isfinite(lse)[..., None]
-    d_out = jnp.where(sees, d_out, 0)
-    delta = jnp.sum(d_out.astype(lse.dtype) * out, axis=-1, keepdims=True) - jnp.where(sees, d_lse[..., None], 0)
-    norm = jnp.where(sees, lse[..., None], jnp.finfo(lse.dtype).max)  # exp(logit - norm) = 0 in rows that see nothing
-
-    q_rows, d_out_rows, delta, norm = (_group(x, num_kv_heads) for x in (q, d_out, delta, norm))
+    delta = jnp.sum(d_out.astype(top.dtype) * out, axis=-1, keepdims=True) - d_lse[..., None]
+    # p = weights * inverse; the small arrays take the factor, so that p is never made.
+    delta, d_out = (jnp.where(inverse > 0, x * inverse, 0) for x in (delta, d_out))
+    q_rows, d_out_rows, delta, top = (_group(x, num_kv_heads) for x in (q, d_out.astype(v.dtype), delta, top))
     q_columns, d_out_columns = (x.transpose(0, 1, 4, 2, 3) for x in (q_rows, d_out_rows))
     k_rows, v_rows = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
 
     def block(piece, sums, start):
         keys = slice(piece.low, piece.high)
         logits, slope = _logits(_rows(q_rows, start, piece), k_rows, mask, start, piece, scale, softcap)
-        p = jnp.exp(logits - _rows(norm, start, piece))
+        weights = jnp.exp(logits - _rows(top, start, piece))
         d_p = _dot("bkrh,bksh->bkrs", _flat(_rows(d_out_rows, start, piece)), v_rows[:, :, keys])
-        d_logits = p * (d_p.reshape(p.shape) - _rows(delta, start, piece)) * slope
-        p, d_logits = _flat(p).astype(v.dtype), _flat(d_logits).astype(q.dtype)
+        d_logits = weights * (d_p.reshape(weights.shape) - _rows(delta, start, piece)) * slope
+        weights, d_logits = _flat(weights).astype(v.dtype), _flat(d_logits).astype(q.dtype)
         d_q = _dot("bkrs,bksh->bkrh", d_logits, k_rows[:, :, keys])
         d_k = _dot("bkhr,bkrs->bkhs", _columns(q_columns, start, piece), d_logits)
-        d_v = _dot("bkhr,bkrs->bkhs", _columns(d_out_columns, start, piece), p)
+        d_v = _dot("bkhr,bkrs->bkhs", _columns(d_out_columns, start, piece), weights)
         sums = tuple(total.at[..., keys].add(part) for total, part in zip(sums, (d_k, d_v), strict=True))
         return sums, d_q.reshape(*logits.shape[:-1], -1).astype(q.dtype)
 
-    sums = tuple(jnp.zeros_like(x.swapaxes(2, 3), lse.dtype) for x in (k_rows, v_rows))
+    sums = tuple(jnp.zeros_like(x.swapaxes(2, 3), top.dtype) for x in (k_rows, v_rows))
     d_q = []
     for piece in plan(batch * num_heads, num_queries, num_keys, mask):
         sums, part = _each_block(block, sums, piece)
@@ -122,8 +120,8 @@ def _backward(scale, softcap, saved, cotangents):
     d_k, d_v = (x.transpose(0, 3, 1, 2).astype(k.dtype) for x in sums)
     d_sinks = None
     if sinks is not None:
-        share = jnp.exp(sinks.astype(lse.dtype).reshape(1, num_kv_heads, -1, 1, 1) - norm)
-        d_sinks = -jnp.sum(share * delta, axis=(0, 3, 4)).reshape(sinks.shape).astype(sinks.dtype)
+        weights = jnp.exp(sinks.astype(top.dtype).reshape(1, num_kv_heads, -1, 1, 1) - top)
+        d_sinks = -jnp.sum(weights * delta, axis=(0, 3, 4)).reshape(sinks.shape).astype(sinks.dtype)
     return _ungroup(d_q), d_k, d_v, d_sinks, None
 
 

@@ -292,8 +292,8 @@ def test_auto_says_once_what_it_took(caplog):
         ({"k": (1, 0, 2, 8), "v": (1, 0, 2, 8)}, ValueError, "must not be empty"),
         ({"logit_softcap": 0.0}, ValueError, "must be positive, found 0.0"),
         ({"sinks": np.zeros(3, np.float32)}, ValueError, r"shape \(4,\)"),
-        ({"dtype": np.float16}, TypeError, "one float type, found float16, float32, float32"),
-        ({"dtype": np.int32}, TypeError, "one float type"),
+        ({"dtype": np.float16}, TypeError, "one of bfloat16, float32, float64, found float16, float32, float32"),
+        ({"dtype": np.int32}, TypeError, "found int32"),
     ],
 )
 def test_what_does_not_fit_is_refused(change, error, message):

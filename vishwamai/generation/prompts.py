@@ -38,3 +38,17 @@ def bucket(length: int) -> int:
     """The length rounded up to one of four per octave (64, 80, 96, 112, 128, 160, ...): each shape compiles anew."""
     step = max(8, 2 ** (length - 1).bit_length() // 8)
     return -(-length // step) * step
+
+
+def right_aligned(batch: Batch) -> Batch:
+    """The batch with each row's padding moved from its end to its front."""
+    length = batch.tokens.shape[1]
+    used = (np.asarray(batch.segment_ids) > 0).sum(axis=1)
+    source = np.arange(length) - (length - used[:, None])  # negative: padding, which stands at the end
+    named = batch.as_dict()
+    moved = {
+        name: np.take_along_axis(named[name], source % length, axis=1)
+        for name in ("tokens", "positions", "segment_ids", "loss_weights", "feature_index")
+        if name in named
+    }
+    return dataclasses.replace(batch, **moved)

@@ -86,9 +86,7 @@ def generate(
     if kind not in _KINDS:
         raise ValueError(f"unknown kind of document {kind!r}: choose one of {', '.join(KINDS)}")
     if layout is not None and layout not in _KINDS[kind].layouts:
-        raise ValueError(
-            f"unknown layout {layout!r} of {kind}: choose one of {', '.join(_KINDS[kind].layouts)}"
-        )
+        raise ValueError(f"unknown layout {layout!r} of {kind}: choose one of {', '.join(_KINDS[kind].layouts)}")
     if font is not None and font not in FONTS:
         raise ValueError(f"unknown font {font!r}: choose one of {', '.join(FONTS)}")
     if seed < 0:

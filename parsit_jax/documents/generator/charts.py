@@ -102,18 +102,13 @@ def _draw_data(source: Source, count: int, longest: int) -> list[_Bar]:
     print_number = values.quantity_style(source)
     order = source.rng.permutation(count).tolist()
     names = values.items(source, count, longest)
-    return [
-        _Bar(name, print_number(numbers[at]), numbers[at] / largest)
-        for name, at in zip(names, order, strict=True)
-    ]
+    return [_Bar(name, print_number(numbers[at]), numbers[at] / largest) for name, at in zip(names, order, strict=True)]
 
 
 def compose_chart(source: Source, layout: str, font: str, height: int, width: int) -> Composition | None:
     """Draws a chart; None where it does not fit the page."""
     # Upright bars stand side by side: the more, the shorter their labels.
-    count, longest = source.pick(
-        ((3, 10), (4, 10), (5, 10)) if layout == "bars" else ((2, 10), (3, 6), (4, 5))
-    )
+    count, longest = source.pick(((3, 10), (4, 10), (5, 10)) if layout == "bars" else ((2, 10), (3, 6), (4, 5)))
     bars = _draw_data(source, count, longest)
     scale = page_scale(height, width)
     x0, x1, y0, y1 = (round(source.uniform(2, 6) * scale) for _ in range(4))

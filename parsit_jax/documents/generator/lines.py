@@ -26,13 +26,7 @@ def token(source: Source) -> str:
         return values.number(source)
     if kind <= 5:
         return values.random_string(source)
-    word = (
-        values.company(source)
-        if kind == 6
-        else values.item(source)
-        if kind == 7
-        else values.invented(source, 2)
-    )
+    word = values.company(source) if kind == 6 else values.item(source) if kind == 7 else values.invented(source, 2)
     return source.pick((str, str, str.upper))(word)
 
 

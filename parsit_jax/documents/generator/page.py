@@ -194,9 +194,7 @@ def arrange(
     spacings = (round(scale), 0) if source.chance(0.25) else (0,)
     for spacing, size in itertools.product(spacings, sizes):
         types = [Type(font, size * scale * each.scale, spacing) for each in rows]
-        starts = [
-            _spread(each.cells, setting, last - first) for each, setting in zip(rows, types, strict=True)
-        ]
+        starts = [_spread(each.cells, setting, last - first) for each, setting in zip(rows, types, strict=True)]
         if None in starts:
             continue
         baselines, end = _baselines(rows, types)

@@ -69,7 +69,5 @@ def compose_table(source: Source, layout: str, font: str, height: int, width: in
     if page is None:
         return None
     cells = [(name, column, text) for name in names for column, text in zip(columns, body[name], strict=True)]
-    questions = tuple(
-        Question(f"What is the {column} value of {name}?", text, "value") for name, column, text in cells
-    )
+    questions = tuple(Question(f"What is the {column} value of {name}?", text, "value") for name, column, text in cells)
     return Composition(page, questions, {f"{column} of {name}": text for name, column, text in cells})
