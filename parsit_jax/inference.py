@@ -105,7 +105,7 @@ class ParsitInference:
         longest = max(len(example.tokens) for example in examples)
         if longest >= config.max_position_embeddings:
             raise ValueError(
-                f"the conversation needs {longest:,} tokens ({self.encoder.layout.tokens:,} for each image), the context "
+                f"the conversation needs {longest:,} tokens ({self.encoder.layout.tokens:,} an image), the context "
                 f"holds {config.max_position_embeddings:,}: ask about fewer or smaller images"
             )
         patches = max(example.size[1] for example in examples)

@@ -4,7 +4,6 @@ import functools
 import logging
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kernels.attention import reference, xla

@@ -47,23 +47,19 @@ def plan(batch_heads: int, num_queries: int, num_keys: int, mask: Mask) -> list[
     return pieces
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def attention(q, k, v, mask: Mask, scale: float, logit_softcap: float | None, sinks):
     """As `reference.attention`; memory grows with T + S, forward and backward."""
-    return _attention(q, k, v, sinks, mask, scale, logit_softcap)
+    return _forward(q, k, v, mask, scale, logit_softcap, sinks)[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _attention(q, k, v, sinks, mask, scale, softcap):
-    return _forward(q, k, v, sinks, mask, scale, softcap)[0]
-
-
-def _forward(q, k, v, sinks, mask, scale, softcap):
+def _forward(q, k, v, mask, scale, softcap, sinks):
     given = q, k, v
     _, _, v = clear_padding(mask, q, k, v)  # hidden logits are replaced: here only v could leak
     batch, num_queries, num_heads, _ = q.shape
     num_keys, num_kv_heads = k.shape[1:3]
     stats = jnp.promote_types(q.dtype, jnp.float32)
-    hidden = jnp.finfo(stats).min / 2
+    hidden = _hidden(stats)
     sink = None if sinks is None else sinks.astype(stats).reshape(1, num_kv_heads, -1, 1, 1)
     q_rows, k_rows, v_rows = _group(q, num_kv_heads), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
 
@@ -83,11 +79,11 @@ def _forward(q, k, v, sinks, mask, scale, softcap):
     out, top, inverse = (_ungroup(parts) for parts in zip(*blocks, strict=True))
     lse = jnp.where(inverse > 0, top - jnp.log(inverse), -jnp.inf)[..., 0]
     # The two are kept rather than lse: where logits are large, lse has no digits left for log(total).
-    return (out, lse), (given, sinks, mask, out, top, inverse)
+    return (out, lse), (given, mask, sinks, out, top, inverse)
 
 
 def _backward(scale, softcap, saved, cotangents):
-    (q, k, v), sinks, mask, out, top, inverse = saved
+    (q, k, v), mask, sinks, out, top, inverse = saved
     q, k, v = clear_padding(mask, q, k, v)
     d_out, d_lse = cotangents
     batch, num_queries, num_heads, _ = q.shape
@@ -122,10 +118,10 @@ def _backward(scale, softcap, saved, cotangents):
     if sinks is not None:
         weights = jnp.exp(sinks.astype(top.dtype).reshape(1, num_kv_heads, -1, 1, 1) - top)
         d_sinks = -jnp.sum(weights * delta, axis=(0, 3, 4)).reshape(sinks.shape).astype(sinks.dtype)
-    return _ungroup(d_q), d_k, d_v, d_sinks, None
+    return _ungroup(d_q), d_k, d_v, None, d_sinks
 
 
-_attention.defvjp(_forward, _backward)
+attention.defvjp(_forward, _backward)
 
 
 def _logits(q, k_rows, mask: Mask, start, piece: Piece, scale, softcap):
@@ -137,8 +133,13 @@ def _logits(q, k_rows, mask: Mask, start, piece: Piece, scale, softcap):
         logits, slope = softcap * bounded, scale * (1 - jnp.square(bounded))
     seen = visible(mask, start, piece.rows, piece.low, piece.high - piece.low)
     if seen is not None:
-        logits = jnp.where(seen[:, None, None], logits, jnp.finfo(logits.dtype).min / 2)
+        logits = jnp.where(seen[:, None, None], logits, _hidden(logits.dtype))
     return logits, slope
+
+
+def _hidden(dtype) -> float:
+    """The logit of a hidden key. Finite, so that rows that see nothing make no NaN on the way."""
+    return float(jnp.finfo(dtype).min) / 2
 
 
 def _each_block(step, carry, piece: Piece):

@@ -79,7 +79,7 @@ class LayerNorm(nnx.Module):
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -> nnx.Module:
     """`layers` copies of a module with every parameter stacked on a new first axis, each copy with its own seed."""
-    return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.fork(split=layers))
+    return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.split(layers))
 
 
 def scan(layers: nnx.Module, body: Callable, carry, inputs=None, checkpoint: Callable | None = None):

@@ -1,0 +1,102 @@
+"""ParsitInference: what a user calls, on a model with random weights (its words mean nothing, its behaviour does)."""
+
+import numpy as np
+import pytest
+from hf_folders import VISION, make_run, model_config
+from PIL import Image
+
+from parsit_jax import ParsitInference
+from parsit_jax.documents.images import ImageError
+from parsit_jax.inference import open_images
+from vishwamai.templates import load_template
+from vishwamai.tiny_tokenizer import ALPHABET, PIECES, build_tiny_tokenizer
+from vishwamai.tokenizer import VishwamAITokenizer
+
+FEW = {"max_new_tokens": 8}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> ParsitInference:
+    folder = tmp_path_factory.mktemp("run")
+    build_tiny_tokenizer(ALPHABET, PIECES, load_template("qwen3"), folder / "tokenizer")
+    tokenizer = VishwamAITokenizer.from_pretrained(folder)
+    text = dict(vocab_size=tokenizer.vocab_size, hidden_size=24, intermediate_size=40, num_hidden_layers=2)
+    text |= dict(num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=160)
+    vision = {**VISION, "vision_use_head": False}
+    image = tokenizer.token_to_id("<|image_pad|>")
+    make_run(folder, "parsit", model_config("parsit", vision=vision, text=text, image_token_id=image), scale=0.5)
+    return ParsitInference(folder)
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory):
+    """Three different page images as files."""
+    folder, random = tmp_path_factory.mktemp("pages"), np.random.default_rng(0)
+    paths = [folder / f"{i}.png" for i in range(3)]
+    for path in paths:
+        Image.fromarray(random.integers(0, 256, (30, 40, 3), dtype=np.uint8)).save(path)
+    return paths
+
+
+def test_every_method_returns_text(model, pages):
+    question = "What is the total?"
+    answer = model.answer_question(pages[0], question, **FEW)
+    assert isinstance(answer, str) and answer
+    assert model.analyze_document(pages[0], question, **FEW) == answer
+    assert model.chat(question, pages[0], **FEW) == answer
+    item = {"type": "image", "image": str(pages[0])}
+    assert model.chat([{"role": "user", "content": [item, {"type": "text", "text": question}]}], **FEW) == answer
+    for text in (model.extract_text(pages[0], **FEW), model.analyze_document(pages[0], **FEW), model.chat("Hi", **FEW)):
+        assert isinstance(text, str)
+
+
+def test_the_answer_depends_on_the_page(model, pages):
+    answers = {model.answer_question(page, "What is the total?", **FEW) for page in pages}
+    assert len(answers) > 1
+
+
+def test_a_batch_answers_as_one_by_one(model, pages):
+    questions = ["What is the total?", "What?", "What is the name of the shop?"]
+    together = model.answer_batch(pages, questions, **FEW)
+    assert together == [model.answer_question(p, q, **FEW) for p, q in zip(pages, questions, strict=True)]
+    assert model.answer_batch([], []) == []
+    with pytest.raises(ValueError, match="shorter|longer"):
+        model.answer_batch(pages, ["one"])
+
+
+def test_sampling_is_reproducible(model, pages):
+    draw = lambda seed: model.answer_question(pages[0], "What?", temperature=1.5, top_p=0.95, seed=seed, **FEW)  # noqa: E731
+    assert draw(1) == draw(1)
+    assert len({draw(seed) for seed in range(4)}) > 1
+
+
+def test_several_images_in_a_chat(model, pages):
+    items = [{"type": "image", "image": page} for page in pages[:2]]
+    content = [*items, {"type": "text", "text": "Which?"}]
+    swapped = [*reversed(items), {"type": "text", "text": "Which?"}]
+    one, other = (model.chat([{"role": "user", "content": c}], **FEW) for c in (content, swapped))
+    assert one != other
+
+
+def test_a_pdf_is_read_page_by_page(model, pages, tmp_path):
+    path = tmp_path / "two.pdf"
+    first, second = (Image.open(page) for page in pages[:2])
+    first.save(path, save_all=True, append_images=[second])
+    text = model.analyze_document(path, **FEW)
+    assert text.startswith("Page 1\n") and "\n\nPage 2\n" in text
+    assert "Page" not in model.analyze_document(path, pages=[2], **FEW).split("\n")[0]
+    with pytest.raises(ImageError, match="pages 1 to 2, found page 3"):
+        model.analyze_document(path, pages=[3], **FEW)
+
+
+def test_bad_input_is_told(model, pages):
+    with pytest.raises(ImageError, match="no image file"):
+        model.answer_question("missing.png", "What?")
+    with pytest.raises(ValueError, match="page 1 only"):
+        model.analyze_document(pages[0], pages=[2])
+    with pytest.raises(ValueError, match="image item without"):
+        open_images([{"role": "user", "content": [{"type": "image"}]}])
+    with pytest.raises(ValueError, match="context holds 160"):
+        model.answer_question(pages[0], "very long " * 40)
+    with pytest.raises(ValueError, match="goes with a question as text"):
+        model.chat([{"role": "user", "content": "What?"}], pages[0])
