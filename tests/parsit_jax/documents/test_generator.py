@@ -208,7 +208,7 @@ def test_images_are_legible_grey_pages(kind):
     for document in documents(kind, Split.TRAIN):
         assert document.image.mode == "L" and document.image.size == (128, 128)
         pixels = np.asarray(document.image, np.int32)
-        darkest = np.sort(pixels, axis=None)[:20]
+        darkest = np.sort(pixels, axis=None)[: 1 if kind == "primer" else 20]  # a primer may hold a dot alone
         assert np.median(pixels) - darkest.mean() > 80
 
 
