@@ -25,9 +25,7 @@ from vishwamai.experiment import EvaluationConfig
 
 def main(arguments: list[str] | None = None) -> None:
     known = ", ".join(BENCHMARKS)
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--checkpoint", required=True, type=Path, help="a run, one of its checkpoints, or an exported folder")
     add("--benchmarks", nargs="+", metavar="NAME", help=f"default: those of the run's config; known: {known}")
@@ -65,9 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
                 limit=limit,
                 batch_size=settings.batch_size,
                 provenance={"step": checkpoint_step(options.checkpoint), "seed": options.seed},
-                on_progress=lambda name, done, total: progress.update(
-                    tasks[name], completed=done, total=total
-                ),
+                on_progress=lambda name, done, total: progress.update(tasks[name], completed=done, total=total),
             )
     except (BenchmarkError, ConfigError, FileNotFoundError) as error:
         parser.exit(1, f"error: {error}\n")

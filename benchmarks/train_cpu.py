@@ -41,7 +41,6 @@ from vishwamai.checkpoint import save_parameters  # noqa: E402
 from vishwamai.convert.to_hf import to_hf  # noqa: E402
 from vishwamai.data.loader import BatchSource, loader  # noqa: E402
 from vishwamai.experiment import Experiment, OptimizerConfig  # noqa: E402
-from vishwamai.families import Family  # noqa: E402
 from vishwamai.parallel.mesh import make_mesh  # noqa: E402
 from vishwamai.parallel.sharding import row_sharding  # noqa: E402
 from vishwamai.training.run import create_run, initial_state, open_tokenizer  # noqa: E402
@@ -75,8 +74,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         experiment = experiments.load(options.config, [*OVERRIDES, f"run_dir={folder}"])
         family, tokenizer = families.get(experiment.family), open_tokenizer(experiment)
-        source, trainer = family.batch_source(experiment, tokenizer), make_trainer(
-            experiment, family.build, make_mesh(experiment.mesh)
+        source, trainer = (
+            family.batch_source(experiment, tokenizer),
+            make_trainer(experiment, family.build, make_mesh(experiment.mesh)),
         )
         state = initial_state(trainer, experiment, family)
         create_run(experiment, tokenizer)

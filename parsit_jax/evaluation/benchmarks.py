@@ -54,9 +54,7 @@ class Benchmark:
     recognises: Callable[[Path], bool] | None = None
 
 
-def load_benchmarks(
-    names: Sequence[str], data: Sequence[str] = (), seed: int = 0
-) -> dict[str, Iterator[Example]]:
+def load_benchmarks(names: Sequence[str], data: Sequence[str] = (), seed: int = 0) -> dict[str, Iterator[Example]]:
     """The examples of each named benchmark, read or drawn one by one as they are asked for.
 
     Args:
@@ -94,9 +92,7 @@ def resolve_data(data: Sequence[str]) -> dict[str, Path]:
         if not Path(folder).is_dir():
             raise BenchmarkError(f"the data of {name!r} should be a folder, and there is none at {folder}")
         if not recognises(Path(folder)):
-            raise BenchmarkError(
-                f"{folder} does not look like {name!r}: expected {BENCHMARKS[name].description}"
-            )
+            raise BenchmarkError(f"{folder} does not look like {name!r}: expected {BENCHMARKS[name].description}")
         if name in folders:
             raise BenchmarkError(f"two folders for {name!r}: {folders[name]} and {folder}")
         folders[name] = Path(folder)
@@ -194,9 +190,7 @@ def _read_jsonl(path: Path, required: Sequence[str]) -> Iterator[dict]:
                 raise BenchmarkError(f"{path}, line {number}: not JSON ({error})") from error
             missing = [key for key in required if not isinstance(row, dict) or key not in row]
             if missing:
-                raise BenchmarkError(
-                    f"{path}, line {number}: expected an object with {required}, no {missing[0]!r}"
-                )
+                raise BenchmarkError(f"{path}, line {number}: expected an object with {required}, no {missing[0]!r}")
             yield row
 
 

@@ -75,9 +75,7 @@ def draw_curves(rows: Sequence[Mapping[str, float]]) -> str:
     }
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(3.6 * len(panels), 2.5), layout="constrained")
-        for axes, (key, points) in zip(
-            figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
-        ):
+        for axes, (key, points) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
             _draw(axes, CURVES[key], points)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
@@ -110,7 +108,5 @@ def _draw(axes: Axes, curve: Curve, points: Sequence[tuple[int, float]]) -> None
 def _smooth(values: Sequence[float]) -> list[float]:
     """Mean over a window that shrinks at both ends, so that the curve neither lags nor starts elsewhere."""
     reach = int(len(values) * SMOOTHING)
-    windows = (
-        values[i - r : i + r + 1] for i in range(len(values)) for r in [min(reach, i, len(values) - 1 - i)]
-    )
+    windows = (values[i - r : i + r + 1] for i in range(len(values)) for r in [min(reach, i, len(values) - 1 - i)])
     return [sum(window) / len(window) for window in windows]

@@ -133,9 +133,7 @@ METRICS = {
 
 def _require_answers(answers: Sequence[str]) -> None:
     if isinstance(answers, str):
-        raise TypeError(
-            f"answers must be a sequence of strings, not the string {answers!r}: pass [{answers!r}]"
-        )
+        raise TypeError(f"answers must be a sequence of strings, not the string {answers!r}: pass [{answers!r}]")
     if not len(answers):
         raise ValueError("a question needs at least one accepted answer, and none was given")
 

@@ -134,10 +134,7 @@ def _said(row: dict) -> list[tuple[str, bool]]:
 
 def _differences(prediction: str, answers: Sequence[str]) -> list[tuple[str, bool]]:
     """The prediction in pieces, each with whether the nearest answer has it too."""
-    matchers = [
-        difflib.SequenceMatcher(None, prediction.lower(), answer.lower(), autojunk=False)
-        for answer in answers
-    ]
+    matchers = [difflib.SequenceMatcher(None, prediction.lower(), answer.lower(), autojunk=False) for answer in answers]
     nearest = max(matchers, key=lambda matcher: matcher.ratio())
     pieces = [(prediction[start:end], tag == "equal") for tag, start, end, _, _ in nearest.get_opcodes()]
     return [piece for piece in pieces if piece[0]]

@@ -64,7 +64,9 @@ def sample(logits: Float[Array, "B V"], settings: Settings, step: Int[Array, ""]
         keys = jax.vmap(jax.random.fold_in, (0, None))(settings.keys, step)
         return jax.vmap(jax.random.categorical)(keys, kept / settings.temperature).astype(jnp.int32)
 
-    greedy = lambda: lax.top_k(logits, 1)[1][:, 0]  # noqa: E731; on the CPU four times as fast as argmax
+    def greedy():
+        return lax.top_k(logits, 1)[1][:, 0]  # on the CPU four times as fast as argmax
+
     return lax.cond(settings.temperature == 0, greedy, drawn)
 
 

@@ -111,7 +111,7 @@ def make_trainer(experiment: Experiment, build: Callable[..., nnx.Module], mesh:
 
     def step(state: TrainState, batch: Batch):
         grads, metrics = gradients(state, batch)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         healthy = state.healthy & jnp.isfinite(norm)
         updates, moments = optimizer.update(grads, state.optimizer, state.trainable)
         moved = (optax.apply_updates(state.trainable, updates), moments)

@@ -76,11 +76,7 @@ def test_held_out_answers_never_appear_in_training(kind):
 def test_amounts_are_held_out_in_every_notation():
     def digits(split: Split, count: int) -> set[str]:
         asked = (q for d in documents("receipts", split, count) for q in d.questions)
-        return {
-            "".join(filter(str.isdigit, q.answer))
-            for q in asked
-            if q.field in ("total", "item", "tax", "cash")
-        }
+        return {"".join(filter(str.isdigit, q.answer)) for q in asked if q.field in ("total", "item", "tax", "cash")}
 
     assert not digits(Split.TRAIN, 600) & digits(Split.HELD_OUT, 150)
 

@@ -47,9 +47,7 @@ def test_scores_report_and_one_sample(command, run, capsys):
     assert (run / "report.html").is_file()
     first = json.loads((run / "predictions" / "generated.jsonl").open().readline())
     printed = capsys.readouterr().out
-    (row,) = [
-        line.split() for line in printed.splitlines() if line.startswith("generated  ") and "━" not in line
-    ]
+    (row,) = [line.split() for line in printed.splitlines() if line.startswith("generated  ") and "━" not in line]
     assert row[1:6] == [
         str(results["benchmarks"]["generated"]["examples"]),
         "1.000",

@@ -16,8 +16,7 @@ def page(shade: int, size: tuple[int, int] = (8, 8)) -> Image.Image:
 def examples():
     fields = ["total", "total", "date"]
     return [
-        Example(f"{i}", f"p{i}", page(i), f"What is the {f}?", ("12.00",), {"field": f})
-        for i, f in enumerate(fields)
+        Example(f"{i}", f"p{i}", page(i), f"What is the {f}?", ("12.00",), {"field": f}) for i, f in enumerate(fields)
     ]
 
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -102,5 +103,5 @@ def test_logits_of_the_whole_batch_never_exist(source):
 def sizes(jaxpr):
     for equation in jaxpr.eqns:
         yield from (np.prod(v.aval.shape) for v in equation.outvars)
-        for inner in jax.core.jaxprs_in_params(equation.params):
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
             yield from sizes(inner)
