@@ -254,7 +254,8 @@ def test_32k_tokens_need_no_square_buffer(mask):
 
 
 def test_split_over_batch_and_heads_nothing_is_gathered():
-    mesh = jax.make_mesh((4, 2), ("data", "tensor"))
+    # Newer JAX makes explicit axes unless told otherwise; ours are Auto, as the trainer's are.
+    mesh = jax.make_mesh((4, 2), ("data", "tensor"), (jax.sharding.AxisType.Auto,) * 2)
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data", None, "tensor"))
     ids = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     qkv = inputs(9, 4, 40, 40, 4, 2, 8)
