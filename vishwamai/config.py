@@ -16,6 +16,18 @@ class ConfigError(ValueError):
     """A config that cannot be used; the message says which key, what was found and what was expected."""
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML would keep the last in silence."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if str(key.value) in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} stands there twice", key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
 class Config(BaseModel):
     """Base of every config section: frozen, and an unknown key is an error."""
 
@@ -23,15 +35,15 @@ class Config(BaseModel):
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file. Raises ConfigError naming the file and line when it cannot be read."""
+    """The mapping in a YAML file. Raises ConfigError naming the file, and the line where there is one to name."""
     path = Path(path)
     if not path.is_file():
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         raise ConfigError(f"no config file {path}{hint}")
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+        loaded = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(loaded, dict):
         raise ConfigError(f"{path} holds {type(loaded).__name__}, expected a mapping of sections")
@@ -39,34 +51,39 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """A copy of `tree` with every `dotted.key=value` set; values are YAML (1e-3, true, [1, 2], null)."""
-    tree = _copy(tree)
+    """A copy of `tree` with every `dotted.key=value` set; values are YAML (1e-3, true, [1, 2], null).
+
+    In a list the key is a place: `data.datasets.0.weight=2`. Raises ConfigError for one that isn't there.
+    """
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
             raise ConfigError(f"override {override!r} is not of the form section.key=value")
-        *parents, last = key.split(".")
-        node = tree
-        for name in parents:
-            if not isinstance(node.get(name), dict):
-                node[name] = {}
-            node = node[name]
-        node[last] = parse_value(text)
+        tree = _with(tree, key.split("."), parse_value(text), override)
     return tree
+
+
+def _with(tree: Any, keys: list[str], value: Any, override: str) -> Any:
+    if not keys:
+        return value
+    name, *rest = keys
+    if isinstance(tree, list):
+        if not name.isdecimal() or int(name) >= len(tree):
+            raise ConfigError(f"override {override!r}: {name} is no place in a list of {len(tree)}, counted from 0")
+        place = int(name)
+        return [*tree[:place], _with(tree[place], rest, value, override), *tree[place + 1 :]]
+    section = tree if isinstance(tree, dict) else {}
+    return {**section, name: _with(section.get(name), rest, value, override)}
 
 
 def parse_value(text: str) -> Any:
     """A YAML scalar or flow value; unlike plain YAML 1.1, `1e-3` is a number."""
+    if re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+", text):
+        return float(text)
     try:
-        value = yaml.safe_load(text)
+        return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ConfigError(f"cannot read the value {text!r}: {error}") from None
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 def validate(schema: type[Config], tree: dict[str, Any], where: str) -> Any:
@@ -78,7 +95,7 @@ def validate(schema: type[Config], tree: dict[str, Any], where: str) -> Any:
         except ValidationError as error:
             for item in error.errors():
                 key = ".".join(str(part) for part in item["loc"]) or "config"
-                found = "" if item["type"] == "missing" else f" (found {item['input']!r})"
+                found = "" if item["type"] == "missing" else f" (found {item['input']!r:.200})"
                 problems.append(f"{key}: {item['msg']}{found}")
     raise ConfigError(f"{where}:\n" + "\n".join(f"  {problem}" for problem in problems))
 
@@ -116,32 +133,27 @@ def dump_yaml(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _unknown_keys(schema: type[Config], tree: Any, prefix: str = "") -> Iterator[str]:
+def _unknown_keys(schema: type[Config], tree: Any, prefix: str = "", root: type[Config] | None = None) -> Iterator[str]:
     if not isinstance(tree, dict):
         return
-    valid = dict(_leaf_keys(schema))
+    root = root or schema
     for key, value in tree.items():
         if key not in schema.model_fields:
-            near = difflib.get_close_matches(str(key), list(schema.model_fields), 1, cutoff=0.5)
             # The key may be right and stand in the wrong section: say where it lives.
-            elsewhere = [path for path in valid if path.split(".")[-1] == key]
-            hint = near[0] if near else (elsewhere[0] if elsewhere else None)
-            told = f"did you mean {prefix}{hint}?" if hint else "valid: " + ", ".join(schema.model_fields)
+            hints = [path for path, *_ in describe(root) if path.split(".")[-1] == key]
+            near = difflib.get_close_matches(str(key), list(schema.model_fields), 1, cutoff=0.5)
+            hints += [f"{prefix}{name}" for name in near]
+            told = f"did you mean {hints[0]}?" if hints else "valid: " + ", ".join(schema.model_fields)
             yield f"{prefix}{key} is not a key; {told}"
             continue
         annotation = schema.model_fields[key].annotation
         section = _section_of(annotation)
         if section is not None:
-            yield from _unknown_keys(section, value, f"{prefix}{key}.")
+            yield from _unknown_keys(section, value, f"{prefix}{key}.", root)
         elif isinstance(value, list):
             element = _element_of(annotation)
             for index, item in enumerate(value if element else ()):
-                yield from _unknown_keys(element, item, f"{prefix}{key}.{index}.")
-
-
-def _leaf_keys(schema: type[Config], prefix: str = "") -> Iterator[tuple[str, None]]:
-    for key, *_ in describe(schema, prefix):
-        yield key, None
+                yield from _unknown_keys(element, item, f"{prefix}{key}.{index}.", root)
 
 
 def _section_of(annotation: Any) -> type[Config] | None:
@@ -175,7 +187,3 @@ def _show(value: Any) -> str:
     if isinstance(value, BaseModel):
         value = value.model_dump(mode="json")
     return "null" if value is None else str(value)
-
-
-def _copy(tree: Any) -> Any:
-    return {key: _copy(value) for key, value in tree.items()} if isinstance(tree, dict) else tree

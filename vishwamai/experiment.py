@@ -75,7 +75,7 @@ class EvaluationConfig(Config):
     """What `eval.py` scores when no benchmarks are named."""
 
     benchmarks: list[str] = Field([], description="names of benchmarks")
-    limit: int | None = Field(None, description="examples per benchmark; null is all")
+    limit: int | None = Field(None, gt=0, description="examples per benchmark; null is all")
     batch_size: int = Field(32, gt=0, description="questions answered at once")
 
 
