@@ -1,8 +1,9 @@
 """Files -> page images: whatever a scanner or a phone makes, or an error that says what is wrong."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from threading import Lock
+from threading import RLock
 
 import numpy as np
 import pypdfium2 as pdfium
@@ -11,8 +12,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 # Beyond these a file is a mistake or a bomb: A3 at 600 dpi has 70 million pixels.
 MAX_SIDE, MAX_PIXELS = 16_384, 89_000_000
 
-# PDFium keeps global state: one call at a time, whatever the thread.
-_pdfium = Lock()
+# PDFium keeps global state: one call at a time, whatever the thread. Reentrant, because an abandoned iterator over
+# pages closes its file whenever it is collected.
+_pdfium = RLock()
 
 
 class ImageError(ValueError):
@@ -20,12 +22,15 @@ class ImageError(ValueError):
 
 
 def load_image(source: str | Path | Image.Image) -> Image.Image:
-    """An RGB image from a file or an opened image: upright, its first frame, on white, 8 bits a channel.
+    """An RGB image from a file or an opened image: upright, on white, 8 bits a channel.
+
+    Of several frames a file gives the first, an opened image the one where it stands.
 
     Raises ImageError: missing, empty, truncated, not an image, a PDF, without pixels or too large.
     """
     if isinstance(source, Image.Image):
-        return _rgb(source, "the image")
+        with _decoding("the image"):
+            return _rgb(source, "the image")
     path = Path(source)
     if not path.is_file():
         raise ImageError(
@@ -38,21 +43,29 @@ def load_image(source: str | Path | Image.Image) -> Image.Image:
             f"{path} is a PDF, expected an image: ParsitInference.analyze_document reads PDFs; to train on "
             "its pages, save them as images with parsit_jax.documents.images.pages"
         )
-    try:
-        with Image.open(path) as image:
+    with _decoding(str(path)):
+        try:
+            image = Image.open(path)
+        except Image.DecompressionBombError:
+            raise ImageError(_too_large(str(path), f"over {2 * MAX_PIXELS // 10**6} million pixels")) from None
+        except UnidentifiedImageError:
+            with path.open("rb") as file:
+                start = file.read(8)
+            raise ImageError(
+                f"{path} is damaged or no image in a known format (it starts with {start!r}): save it as PNG or JPEG"
+            ) from None
+        with image:
             return _rgb(image, str(path))
-    except Image.DecompressionBombError:
-        raise ImageError(_too_large(str(path), f"over {2 * MAX_PIXELS // 10**6} million pixels")) from None
-    except UnidentifiedImageError:
-        with path.open("rb") as file:
-            start = file.read(8)
-        raise ImageError(
-            f"{path} is damaged or no image in a known format (it starts with {start!r}): save it as PNG or JPEG"
-        ) from None
-    except (OSError, SyntaxError, EOFError, ValueError) as error:
-        if isinstance(error, ImageError):
-            raise
-        raise ImageError(f"{path} can't be decoded, it is truncated or damaged: {error}") from error
+
+
+@contextmanager
+def _decoding(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ImageError:
+        raise
+    except Exception as error:  # a decoder raises whatever the damage makes it stumble over
+        raise ImageError(f"{name} can't be decoded, it is truncated or damaged: {error}") from error
 
 
 def is_pdf(path: str | Path) -> bool:
@@ -65,34 +78,54 @@ def pages(path: str | Path, numbers: Sequence[int] | None = None, dpi: float = 1
     """The pages of a PDF as RGB images, drawn one at a time: all, or those of the given `numbers` (from 1).
 
     Raises ImageError: missing, encrypted, broken, without pages, a number out of range (all of that before a
-    page is drawn); a page too large for `dpi`.
+    page is drawn); a page too large for `dpi`, or that can't be drawn.
     """
     path = Path(path)
     if not path.is_file():
         raise ImageError(f"no PDF file {path}")
-    with _pdfium:
-        try:
-            document = pdfium.PdfDocument(path)
-            count = len(document)
-        except pdfium.PdfiumError as error:
-            why = "it is encrypted, save it without a password" if "password" in str(error).lower() else str(error)
-            raise ImageError(f"{path} can't be opened as a PDF: {why}") from error
+    with _opened(path) as document, _pdfium:
+        count = len(document)
     numbers = range(1, count + 1) if numbers is None else numbers
     if not numbers:
         raise ImageError(f"no pages are taken from {path}, which has {count}")
     for number in numbers:
         if not 1 <= number <= count:
             raise ImageError(f"{path} has pages 1 to {count}, found page {number}")
-    return (_rendered(document, number, dpi, f"page {number} of {path}") for number in numbers)
+    return _drawn(path, numbers, dpi)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[pdfium.PdfDocument]:
+    with _pdfium:
+        try:
+            document = pdfium.PdfDocument(path)
+            document.init_forms()  # without it, what was filled into a form is not drawn
+        except pdfium.PdfiumError as error:
+            why = "it is encrypted, save it without a password" if "password" in str(error).lower() else str(error)
+            raise ImageError(f"{path} can't be opened as a PDF: {why}") from error
+    try:
+        yield document
+    finally:
+        with _pdfium:
+            document.close()
+
+
+def _drawn(path: Path, numbers: Sequence[int], dpi: float) -> Iterator[Image.Image]:
+    with _opened(path) as document:
+        for number in numbers:
+            yield _rendered(document, number, dpi, f"page {number} of {path}")
 
 
 def _rendered(document: pdfium.PdfDocument, number: int, dpi: float, name: str) -> Image.Image:
     with _pdfium:
         try:
             page = document[number - 1]
-            width, height = (round(points * dpi / 72) for points in page.get_size())
-            _check_size(width, height, f"{name} at {dpi:g} dpi")
-            return page.render(scale=dpi / 72).to_pil().convert("RGB")
+            try:
+                width, height = (round(points * dpi / 72) for points in page.get_size())
+                _check_size(width, height, f"{name} at {dpi:g} dpi")
+                return page.render(scale=dpi / 72).to_pil().convert("RGB")
+            finally:
+                page.close()
         except pdfium.PdfiumError as error:
             raise ImageError(f"{name} can't be drawn: {error}") from error
 
@@ -113,7 +146,6 @@ def _too_large(name: str, found: str) -> str:
 
 def _rgb(image: Image.Image, name: str) -> Image.Image:
     _check_size(*image.size, name)
-    image.seek(0)
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
         image = _eight_bits(image)
