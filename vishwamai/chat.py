@@ -36,7 +36,7 @@ __all__ = [
 
 # A turn of the assistant: what it learns to write is group 1, through the end of the turn. An empty think
 # block comes from the template, so it is read and not learned.
-_ASSISTANT_TURN = re.compile(r"<\|im_start\|>assistant\n(?:<think>\n\n</think>\n\n)?(.*?<\|im_end\|>)", re.DOTALL)
+_ASSISTANT_TURN = re.compile(r"<\|im_start\|>assistant\n(?:<think>\s*</think>\n{0,2})?(.*?<\|im_end\|>)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -75,8 +75,8 @@ def encode_conversation(
 
     The conversation is rendered once and the turns are found in the whole: Qwen3's template drops earlier
     thoughts, so the rendering of the first messages is no prefix of it. The ids are those of the whole text.
-    A token that begins within a turn's header is not learned, since it can't be written behind the header (a
-    newline at the start of an answer may join the header's).
+    A newline at the start of an answer that joins the header's in one token is not learned, since it can't be
+    written behind the header.
 
     Special tokens spelled in a message are ordinary text, so no content can forge a turn or an image; in a
     user's or a tool's message `<think>` and the like are too.
@@ -84,7 +84,8 @@ def encode_conversation(
     `image_tokens`: how many tokens each image takes, in order. `kwargs` go to the template.
 
     Raises:
-        ConversationError: as `render`; no turn of the assistant; more or fewer images than `image_tokens`.
+        ConversationError: as `render`; no turn of the assistant; more or fewer images than `image_tokens`; text
+            that is no Unicode.
     """
     encoded = _encode(messages, tokenizer, image_tokens, **kwargs)
     if not any(message["role"] == "assistant" for message in messages):
@@ -115,12 +116,19 @@ def _encode(
     messages: Sequence[Message], tokenizer: VishwamAITokenizer, image_tokens: Sequence[int], **kwargs: Any
 ) -> EncodedConversation:
     text, escaped = render_escaped(messages, tokenizer, **kwargs)
-    ids, offsets = tokenizer.encode_with_offsets(text, plain=escaped)
+    try:
+        ids, offsets = tokenizer.encode_with_offsets(text, plain=escaped)
+    except ValueError as error:
+        raise ConversationError(f"{error}; the conversation begins {text!r:.60}") from error
     tokens = np.asarray(ids, np.int32)
-    starts = np.asarray([start for start, _ in offsets], np.int32)
+    starts, stops = np.asarray(offsets, np.int32).reshape(-1, 2).T
     loss_mask = np.zeros(tokens.shape, bool)
     for turn in _ASSISTANT_TURN.finditer(blanked(text, escaped)):
-        loss_mask |= (starts >= turn.start(1)) & (starts < turn.end(1))
+        begin, end = turn.span(1)
+        loss_mask |= (starts >= begin) & (starts < end)
+        # A SentencePiece model that reads newlines as spaces folds the header's into the answer's first piece.
+        for joined in np.flatnonzero((starts < begin) & (stops > begin)):
+            loss_mask[joined] = text[begin : stops[joined]].strip() != ""
 
     added = tokenizer.added_tokens.get(IMAGE_TOKEN)
     places = np.flatnonzero(tokens == added.id) if added is not None else np.zeros(0, np.int64)

@@ -22,6 +22,8 @@ from vishwamai.tokenizer_backends import added_token_pattern, is_markup
 ROLES = ("system", "user", "assistant", "tool")
 IMAGE_TOKEN = "<|image_pad|>"
 IMAGE_MARKUP = f"<|vision_start|>{IMAGE_TOKEN}<|vision_end|>"
+# These part the turns, also where a tokenizer spells them in pieces.
+_TURN_MARKS = ("<|im_start|>", "<|im_end|>")
 
 Message = Mapping[str, Any]
 
@@ -55,7 +57,7 @@ def render_escaped(
     if tokenizer.chat_template is None:
         raise ConversationError(f"the tokenizer in {tokenizer.folder} has no chat template")
     conversation = _with_parts(messages)
-    opening, closing = _unused_characters([[parts, _others(message)] for message, parts in conversation])
+    opening, closing = _unused_characters([kwargs, *([parts, _others(message)] for message, parts in conversation)])
     patterns = {role: _escaped_pattern(role, tokenizer) for role in ROLES}
 
     def marked(value: Any, pattern: re.Pattern[str]) -> Any:
@@ -63,7 +65,7 @@ def render_escaped(
             case str():
                 return pattern.sub(lambda found: opening + found.group() + closing, value)
             case Mapping():
-                return {key: marked(item, pattern) for key, item in value.items()}
+                return {marked(key, pattern): marked(item, pattern) for key, item in value.items()}
             case list() | tuple():
                 return [marked(item, pattern) for item in value]
             case _:
@@ -142,7 +144,7 @@ def _escaped_pattern(role: str, tokenizer: VishwamAITokenizer) -> re.Pattern[str
         return special or (structures and role in ("user", "tool"))
 
     added = tokenizer.added_tokens.items()
-    return added_token_pattern(text for text, token in added if is_escaped(text, token.special))
+    return added_token_pattern([*_TURN_MARKS, *(text for text, token in added if is_escaped(text, token.special))])
 
 
 def _others(message: Message) -> dict[str, Any]:
@@ -161,7 +163,7 @@ def _texts(value: Any) -> Iterator[str]:
         case str():
             yield value
         case Mapping():
-            yield from (text for item in value.values() for text in _texts(item))
+            yield from (text for pair in value.items() for text in _texts(pair))
         case list() | tuple():
             yield from (text for item in value for text in _texts(item))
 
@@ -171,7 +173,7 @@ def _render(messages: Sequence[Message], template: str, *, add_generation_prompt
     variables = {"tools": None, "documents": None, "add_generation_prompt": add_generation_prompt, **kwargs}
     try:
         return _compiled(template).render(messages=messages, **variables)
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, TypeError, ValueError) as error:  # the latter two: tool calls of another form
         raise ConversationError(f"the chat template refused the conversation ({roles(messages)}): {error}") from error
 
 

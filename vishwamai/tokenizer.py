@@ -60,7 +60,17 @@ class VishwamAITokenizer:
         # The older form is {"content": "<s>", "lstrip": false, ...}.
         names = {key: name["content"] if isinstance(name, dict) else name for key, name in names.items()}
         self.special_tokens = backend.special_tokens | {key: name for key, name in names.items() if name}
-        ids = {key: self.token_to_id(name) for key, name in self.special_tokens.items()}
+        ids = {key: backend.token_to_id(name) for key, name in self.special_tokens.items()}
+        # Transformers would add tokens that only the config names; here they would be read as text, in silence.
+        declared = {token["content"]: int(id) for id, token in config.get("added_tokens_decoder", {}).items()}
+        for name in [*declared, *self.special_tokens.values()]:
+            id = backend.token_to_id(name)
+            if id is None or id != declared.get(name, id):
+                raise ValueError(
+                    f"the config of the tokenizer in {folder} names the token {name!r} (id {declared.get(name)}), "
+                    f"the vocabulary has {'none such' if id is None else f'it as id {id}'}: open the folder with "
+                    "Transformers' AutoTokenizer and save it, which writes both into tokenizer.json"
+                )
         self.bos_token_id = ids.get("bos_token")
         self.eos_token_id = ids.get("eos_token")
         self.pad_token_id = ids.get("pad_token")
@@ -73,7 +83,8 @@ class VishwamAITokenizer:
 
         Raises:
             FileNotFoundError: neither `tokenizer.json` nor a `*.model` is there.
-            ValueError: a file is there and can't be read, or there are several `*.model` files.
+            ValueError: a file is there and can't be read, there are several `*.model` files, or the config names
+                tokens that the vocabulary doesn't have.
         """
         folder = Path(folder)
         places = [folder, folder / "tokenizer"]

@@ -307,6 +307,22 @@ def test_errors_of_files(tmp_path, tiny):
         tiny.id_to_token(-1)
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"pad_token": "<pad!>"}, r"names the token '<pad!>' \(id None\), the vocabulary has none such"),
+        ({"added_tokens_decoder": {"400": {"content": "<new>"}}}, r"'<new>' \(id 400\), the vocabulary has none such"),
+        ({"added_tokens_decoder": {"7": {"content": "<|im_end|>"}}}, r"'<\|im_end\|>' \(id 7\), .* has it as id \d+"),
+    ],
+)
+@pytest.mark.parametrize("name", ["tiny_folder", "sentencepiece_model"])
+def test_tokens_that_only_the_config_names_are_an_error(name, config, message, request, tmp_path):
+    VishwamAITokenizer.from_pretrained(request.getfixturevalue(name)).save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        VishwamAITokenizer.from_pretrained(tmp_path)
+
+
 def test_the_tiny_tokenizer_in_configs_is_what_the_code_builds(tmp_path):
     build_tiny_tokenizer(ALPHABET, PIECES, load_template("qwen3"), tmp_path)
     committed = Path(__file__).parents[2] / "configs" / "tokenizers" / "parsit_tiny"
