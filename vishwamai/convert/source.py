@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -58,8 +57,6 @@ class Source:
 @dataclass(frozen=True)
 class Published(Source):
     """A Hugging Face folder."""
-
-    json: Mapping[str, Any]  # its config.json
 
     @cached_property
     def weights(self) -> Weights:
@@ -149,7 +146,7 @@ def _open_published(folder: Path) -> Published:
     family = families.for_architecture(source["architectures"][0])
     if "quantization_config" in source:
         raise ConfigError(f"{folder} holds quantised weights: take the checkpoint that they were made from")
-    return Published(folder, family, family.layout.read_config(source, str(folder / "config.json")), source)
+    return Published(folder, family, family.layout.read_config(source, str(folder / "config.json")))
 
 
 def download(place: str) -> Path:
