@@ -29,6 +29,7 @@ def fresh_folder(destination: str | Path) -> Iterator[Path]:
             destination.rmdir()
         partial.rename(destination)
     except OSError as error:
-        raise ConfigError(f"{destination} could not be written: {error.strerror or error}") from error
+        where = f" ({error.filename})" if error.filename else ""
+        raise ConfigError(f"{destination} could not be written: {error.strerror or error}{where}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)

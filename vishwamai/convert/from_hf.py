@@ -7,6 +7,7 @@ from pathlib import Path
 import yaml
 
 from vishwamai.checkpoint import save_parameters
+from vishwamai.checkpoint.arrays import brief
 from vishwamai.config import ConfigError
 from vishwamai.convert.folder import CARRIED, NAMES, fresh_folder
 from vishwamai.convert.source import Published, open_source
@@ -31,7 +32,7 @@ def from_hf(source: str | Path, destination: str | Path) -> Published:
     weights as it was, from which `to_hf` makes the same folder again. Returns what was read.
 
     Raises:
-        ConfigError: `destination` is not empty, or the source can't be read (see `open_source`).
+        ConfigError: `destination` is not empty or can't be written, or the source can't be read (see `open_source`).
     """
     opened = open_source(source)
     if not isinstance(opened, Published):
@@ -44,7 +45,11 @@ def from_hf(source: str | Path, destination: str | Path) -> Published:
         for path in tokenizer:
             (folder / "tokenizer").mkdir(exist_ok=True)
             shutil.copyfile(path, folder / "tokenizer" / path.name)
-        save_parameters(folder, opened.parameters())
+        parameters = opened.parameters()
+        try:
+            save_parameters(folder, parameters)
+        except Exception as error:  # Orbax and TensorStore raise many kinds; all mean that it is not on disk
+            raise ConfigError(f"{destination} could not be written: {brief(error)}") from error
     return opened
 
 

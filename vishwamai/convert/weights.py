@@ -16,6 +16,7 @@ _DTYPES = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
     "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
 }  # fmt: skip
+_READ = ("F32", "BF16", "F16")  # what parameters can be kept in: JAX would round F64 to F32
 _HEADER_BYTES_PER_TENSOR = 160  # beside its name: dtype, shape and offsets in JSON
 
 
@@ -23,7 +24,8 @@ class Weights(Mapping):
     """The tensors in a folder by name; each is read when it is asked for.
 
     Raises:
-        ConfigError: no safetensors there, a shard that the index names is missing, or a file that is damaged.
+        ConfigError: no safetensors there, a shard that the index names is missing, or a file that is damaged; when a
+            tensor is read, a type that no parameter can be kept in.
     """
 
     def __init__(self, folder: str | Path):
@@ -37,7 +39,12 @@ class Weights(Mapping):
             self._home |= dict.fromkeys(promised or names, file)
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self._home[name].get_tensor(name)
+        file = self._home[name]
+        if (dtype := file.get_slice(name).get_dtype()) not in _READ:
+            raise ConfigError(
+                f"{self.folder}: {name} is {dtype}, expected one of {', '.join(_READ)}: save the model as one of these"
+            )
+        return file.get_tensor(name)
 
     def __iter__(self):
         return iter(self._home)
@@ -51,13 +58,13 @@ def _shards(folder: Path) -> dict[Path, set[str] | None]:
     if (folder / INDEX).is_file():
         try:
             homes = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
+            found = {}
+            for name, file in homes.items():
+                found.setdefault(folder / Path(file).name, set()).add(name)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(
                 f"{folder / INDEX} is no index of safetensors ({error!r}): fetch the file again"
             ) from None
-        found = {}
-        for name, file in homes.items():
-            found.setdefault(folder / Path(file).name, set()).add(name)
         if missing := sorted(path.name for path in found if not path.is_file()):
             raise ConfigError(f"{folder} lacks {_some(missing)}, which {INDEX} names: fetch the rest of the files")
         return found

@@ -5,6 +5,7 @@ import re
 
 import numpy as np
 import pytest
+import yaml
 from hf_folders import (
     assert_same,
     make_run,
@@ -224,6 +225,16 @@ def test_export_refuses_what_transformers_does_not_compute(tmp_path):
     assert not (tmp_path / "exported").exists()
 
 
+def test_export_refuses_images_of_a_size_that_the_positions_do_not_stand_for(tmp_path):
+    make_run(tmp_path / "run", "parsit")
+    path = tmp_path / "run" / "config.yaml"
+    data = {"max_length": 64, "image_size": [8, 24], "datasets": [{"generated": "receipts"}]}
+    run = {"run_dir": "run", "tokenizer": "none", "training": {"steps": 1, "batch_size": 1}, "data": data}
+    path.write_text(path.read_text() + yaml.safe_dump(run))
+    with pytest.raises(ConfigError, match=r"(?s)does not compute.*data.image_size=\[8, 24\].*those of 16 x 16 pixels"):
+        to_hf(tmp_path / "run", tmp_path / "exported")
+
+
 def test_a_run_without_its_tokenizer_is_not_exported(tmp_path):
     make_run(tmp_path / "run", "qwen3")
     with pytest.raises(ConfigError, match="Transformers needs the tokenizer beside the weights: no tokenizer in"):
@@ -254,13 +265,23 @@ def test_the_command_says_what_it_did_and_what_is_wrong(tmp_path, capsys):
 def test_nothing_is_left_behind_when_writing_fails(tmp_path, monkeypatch):
     write_folder(tmp_path / "source", "qwen3")
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
+    def full(error):
+        def write(*_):
+            raise error
 
-    monkeypatch.setattr("vishwamai.convert.from_hf.save_parameters", full)
-    with pytest.raises(ConfigError, match="run could not be written: No space left on device"):
+        return write
+
+    # As TensorStore says it, and as the operating system does.
+    told = ValueError('RESOURCE_EXHAUSTED: Error writing "a/0.0": Failed to write: No space left on device')
+    monkeypatch.setattr("vishwamai.convert.from_hf.save_parameters", full(told))
+    with pytest.raises(ConfigError, match="run could not be written: no space left on device"):
         from_hf(tmp_path / "source", tmp_path / "run")
-    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    monkeypatch.undo()
+    from_hf(tmp_path / "source", tmp_path / "run")
+    monkeypatch.setattr("vishwamai.convert.weights.ShardWriter.write", full(OSError(28, "No space left on device")))
+    with pytest.raises(ConfigError, match="back could not be written: No space left on device"):
+        to_hf(tmp_path / "run", tmp_path / "back")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "source"]
 
 
 def test_a_hub_that_cannot_be_reached_is_a_clear_error(monkeypatch):

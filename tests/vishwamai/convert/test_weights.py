@@ -64,6 +64,16 @@ def test_a_type_without_a_name_is_refused(tmp_path):
         writer.write("x", np.zeros(2, np.complex64))
 
 
+@pytest.mark.parametrize("kind, width", [("F64", 8), ("I8", 1), ("F8_E4M3", 1)])
+def test_a_type_that_would_not_be_kept_is_refused(tmp_path, kind, width):
+    """JAX would round float64 in silence; integers and float8 are quantised weights, whose scales we don't know."""
+    tensors = {"a": {"dtype": kind, "shape": [4], "data_offsets": [0, 4 * width]}}
+    header = json.dumps(tensors).encode().ljust(80)
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4 * width))
+    with pytest.raises(ConfigError, match=f"a is {kind}, expected one of F32, BF16, F16"):
+        Weights(tmp_path)["a"]
+
+
 @pytest.mark.parametrize("damage", ["cut", "header", "empty", "text"])
 def test_a_damaged_file_is_named(tmp_path, damage):
     save_file(some_tensors(), path := tmp_path / "model.safetensors")
@@ -84,9 +94,10 @@ def test_what_an_index_promises_must_be_there(tmp_path):
     save_file({"other": np.zeros(1, np.float32)}, tmp_path / "model-00002-of-00003.safetensors")
     with pytest.raises(ConfigError, match="00002-of-00003.safetensors lacks t1, which"):
         Weights(tmp_path)
-    (tmp_path / INDEX).write_text('{"weight_map"')
-    with pytest.raises(ConfigError, match="is no index of safetensors"):
-        Weights(tmp_path)
+    for text in ('{"weight_map"', "[]", '{"weight_map": ["t0"]}', '{"weight_map": {"t0": 1}}'):
+        (tmp_path / INDEX).write_text(text)
+        with pytest.raises(ConfigError, match="is no index of safetensors"):
+            Weights(tmp_path)
 
 
 def test_a_folder_without_safetensors_says_what_it_holds(tmp_path):
