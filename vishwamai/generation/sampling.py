@@ -60,9 +60,11 @@ def sample(logits: Float[Array, "B V"], settings: Settings, step: Int[Array, ""]
     """One token for each row; `step` is the number of tokens that the row has had."""
 
     def drawn():
-        kept = jnp.where(likely(logits / settings.temperature, settings.top_k, settings.top_p), logits, -jnp.inf)
+        # At most 0, so that the smallest temperature gives no infinity whose differences are NaN.
+        scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / settings.temperature
+        kept = jnp.where(likely(scaled, settings.top_k, settings.top_p), scaled, -jnp.inf)
         keys = jax.vmap(jax.random.fold_in, (0, None))(settings.keys, step)
-        return jax.vmap(jax.random.categorical)(keys, kept / settings.temperature).astype(jnp.int32)
+        return jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
 
     def greedy():
         return lax.top_k(logits, 1)[1][:, 0]  # on the CPU four times as fast as argmax

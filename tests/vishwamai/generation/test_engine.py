@@ -68,6 +68,14 @@ def test_greedy_tokens_equal_those_without_a_cache(model):
         assert len(set(row)) > 5  # no loop of one token, in which a broken cache could hide
 
 
+@pytest.mark.parametrize("length, count", [(8, 8), (9, 9)])
+def test_prompts_and_answers_that_fill_their_shapes(small, length, count):
+    """Exactly a bucket's size, and one token more: no slot is too few or too many."""
+    prompt = np.random.default_rng(length).integers(1, 97, length).tolist()
+    got = generate(*small, left_padded([prompt], 0), max_new_tokens=count, **FREE)
+    assert got.tolist() == [uncached(small, prompt, count)]
+
+
 def test_a_batch_of_one_equals_its_row_of_a_batch(small):
     together = generate(*small, left_padded(PROMPTS, 0), max_new_tokens=9, **FREE)
     for row, prompt in zip(together, PROMPTS, strict=True):

@@ -92,7 +92,7 @@ def test_edges():
 
 def test_temperature_0_top_k_1_and_a_tiny_top_p_are_the_most_likely_token():
     best = LOGITS[0].argmax()
-    for options in (dict(), dict(temperature=5.0, top_k=1), dict(temperature=5.0, top_p=1e-6)):
+    for options in (dict(), dict(temperature=5.0, top_k=1), dict(temperature=5.0, top_p=1e-6), dict(temperature=1e-38)):
         assert (draws(50, **options) == best).all()
 
 
