@@ -1,6 +1,7 @@
 """ParsitInference: pages and questions in, text out."""
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,10 @@ class ParsitInference:
 
     Raises:
         ConfigError: no such model, or weights of another one.
+        CheckpointError: a run without a complete checkpoint, or a damaged one.
+        FileNotFoundError: no tokenizer beside the weights.
         ImageError: a page that can't be read.
-        ValueError: a conversation that, with its images and answer, exceeds the model's context.
+        ValueError: a conversation of another form, or one whose images and words fill the model's context.
     """
 
     def __init__(self, path: str | Path, dtype: str = "float32"):
@@ -63,11 +66,12 @@ class ParsitInference:
         Several pages come back as sections headed `Page N`.
         """
         question = question or prompts.ANALYZE
-        numbered = page_images(page, pages)
-        answers = [self._answer([ask(image, question)], **sampling)[0] for _, image in numbered]
-        if len(numbered) == 1:
-            return answers[0]
-        return "\n\n".join(f"Page {number}\n{text}" for (number, _), text in zip(numbered, answers, strict=True))
+        answers = [
+            (number, self._answer([ask(image, question)], **sampling)[0]) for number, image in page_images(page, pages)
+        ]
+        if len(answers) == 1:
+            return answers[0][1]
+        return "\n\n".join(f"Page {number}\n{text}" for number, text in answers)
 
     def chat(self, messages: str | Sequence[Message], image_path: Page | None = None, **sampling: Any) -> str:
         """The assistant's next turn.
@@ -121,7 +125,10 @@ class ParsitInference:
             sampling=Sampling(temperature=temperature, top_p=top_p, seed=seed),
             dtype=self.model.dtype,
         )
-        return [tokenizer.decode(row.tolist(), skip_special_tokens=True).strip() for row in ids[: len(examples)]]
+        ended = np.isin(ids, tokenizer.eos_token_ids)
+        lengths = np.where(ended.any(axis=1), ended.argmax(axis=1), ids.shape[1])  # what pads may be a word
+        answers = [row[:length] for row, length in zip(ids, lengths, strict=True)][: len(examples)]
+        return [tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
 
     def _example(self, prompt: Prompt) -> Example:
         counts = [self.encoder.layout.tokens] * len(prompt.images)
@@ -145,13 +152,13 @@ def open_images(messages: Sequence[Message]) -> Prompt:
     """Messages with their image items opened. Raises ValueError for an item that names no image."""
     images, opened = [], []
     for number, message in enumerate(messages):
-        content = message["content"]
-        if isinstance(content, str):
-            opened.append(dict(message))
+        content = message.get("content") if isinstance(message, Mapping) else None
+        if not isinstance(content, list | tuple):
+            opened.append(message)  # a text; what is neither is refused where the conversation is rendered
             continue
         items = []
         for item in content:
-            if item.get("type") == "image":
+            if isinstance(item, Mapping) and item.get("type") == "image":
                 if item.get("image") is None:
                     raise ValueError(f"message {number} has an image item without `image`: give a path or a PIL image")
                 images.append(load_image(item["image"]))
@@ -161,14 +168,17 @@ def open_images(messages: Sequence[Message]) -> Prompt:
     return Prompt(opened, images)
 
 
-def page_images(page: Page, numbers: Sequence[int] | None) -> list[tuple[int, Image.Image]]:
-    """The page images of a file by number. Raises ImageError; ValueError for page numbers of a single image."""
+def page_images(page: Page, numbers: Sequence[int] | None) -> Iterator[tuple[int, Image.Image]]:
+    """The page images of a file by number, drawn one at a time.
+
+    Raises ImageError, and ValueError for page numbers of a single image; both before a page is drawn.
+    """
     if not isinstance(page, Image.Image) and Path(page).is_file() and is_pdf(page):
-        images = list(pages(page, numbers))
-        return list(zip(numbers or range(1, len(images) + 1), images, strict=True))
+        drawn = zip(pages(page, numbers), itertools.count(1) if numbers is None else numbers, strict=False)
+        return ((number, image) for image, number in drawn)
     if numbers is not None and list(numbers) != [1]:
         raise ValueError(f"pages={list(numbers)} were asked for, but {page} is an image: it has page 1 only")
-    return [(1, load_image(page))]
+    return iter([(1, load_image(page))])
 
 
 def _user(content: str | list[dict[str, Any]]) -> Message:

@@ -96,4 +96,6 @@ def to_patches(
     height, width = pixel_values.shape[2:]
     images = pixel_values.astype(np.float32).transpose(0, 2, 3, 1)
     grid = (height // config.patch_size, width // config.patch_size)
+    if 0 in grid:
+        raise ValueError(f"pixel_values of {height} x {width} pixels hold no patch of {config.patch_size}")
     return np.stack([patchify(image, config.patch_size) for image in images]), grid

@@ -45,6 +45,7 @@ class Pretrained:
 
         Raises:
             ConfigError: nothing there, weights of another model, or a hub that can't be reached; says which.
+            CheckpointError: a run without a complete checkpoint, or a damaged one.
         """
         if dtype not in list(DType):
             raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DType)}")

@@ -39,7 +39,7 @@ class VisionConfig(Config):
     num_attention_heads: int = Field(gt=0, description="attention heads; must divide hidden_size")
     image_size: int = Field(gt=0, description="side in pixels of the square that the position table stands for")
     patch_size: int = Field(gt=0, description="side in pixels of a patch")
-    num_channels: int = Field(3, gt=0, description="colour channels")
+    num_channels: int = Field(3, ge=3, le=3, description="colour channels: pages are RGB")
     layer_norm_eps: float = Field(1e-6, gt=0, description="epsilon of LayerNorm")
     vision_use_head: bool = Field(False, description="carry the pooling head's weights (never run, for export)")
     positions: PositionTable = Field(PositionTable.TABLE, description="table, or factorised into rows and columns")
@@ -89,3 +89,8 @@ class ParsitConfig(Config):
     def feature_layers(self) -> int:
         """How many layers of the tower run."""
         return self.vision.num_hidden_layers + 1 + self.vision_feature_layer
+
+    @property
+    def projector_layers(self) -> int:
+        """How many linear layers the projector has."""
+        return 1 if self.projector == "linear" else int(self.projector[len("mlp")])

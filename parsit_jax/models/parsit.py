@@ -1,7 +1,5 @@
 """Parsit: SigLIP tower -> projector -> decoder. Only the embeddings differ from a text model's."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -22,7 +20,7 @@ class Projector(nnx.Module):
 
     def __init__(self, config: ParsitConfig, *, rngs: nnx.Rngs):
         width, init = config.text.hidden_size, initializers.lecun_normal()
-        self.depth = 1 if config.projector == "linear" else int(re.search(r"\d", config.projector)[0])
+        self.depth = config.projector_layers
         for i in range(1, self.depth + 1):
             given = config.vision.hidden_size if i == 1 else width
             axes = ("embed", "mlp") if i % 2 else ("mlp", "embed")

@@ -17,8 +17,8 @@ from vishwamai.tokenizer import VishwamAITokenizer
 
 def rows(config: ParsitConfig) -> list[Row]:
     """The name table: the parts' own, each behind its prefix."""
-    depth = 1 if config.projector == "linear" else int(config.projector[3])
-    projector = [row for i in range(1, depth + 1) for row in linear(f"linear_{i}", f"linear_{i}", bias=True)]
+    numbers = range(1, config.projector_layers + 1)
+    projector = [row for i in numbers for row in linear(f"linear_{i}", f"linear_{i}", bias=True)]
     vision = siglip_family.rows(config.vision, config.feature_layers)
     return [
         *inside(vision, "vision_tower.", "vision_tower."),

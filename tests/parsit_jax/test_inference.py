@@ -5,9 +5,11 @@ import pytest
 from hf_folders import VISION, make_run, model_config
 from PIL import Image
 
-from parsit_jax import ParsitInference
+from parsit_jax import ParsitInference, inference
+from parsit_jax.documents import images
 from parsit_jax.documents.images import ImageError
-from parsit_jax.inference import open_images
+from parsit_jax.inference import open_images, page_images
+from vishwamai.chat import ConversationError
 from vishwamai.templates import load_template
 from vishwamai.tiny_tokenizer import ALPHABET, PIECES, build_tiny_tokenizer
 from vishwamai.tokenizer import VishwamAITokenizer
@@ -89,6 +91,24 @@ def test_a_pdf_is_read_page_by_page(model, pages, tmp_path):
         model.analyze_document(path, pages=[3], **FEW)
 
 
+def test_pages_are_drawn_when_they_are_asked_for(pages, tmp_path, monkeypatch):
+    path, drawn = tmp_path / "three.pdf", []
+    first, *others = (Image.open(page) for page in pages)
+    first.save(path, save_all=True, append_images=others)
+    render = images._rendered
+    monkeypatch.setattr(images, "_rendered", lambda *given: drawn.append(given[1]) or render(*given))
+    assert next(page_images(path, None))[0] == 1
+    assert drawn == [1]
+    assert [number for number, _ in page_images(path, [3, 1])] == [3, 1]
+
+
+def test_an_answer_stops_at_its_end_whatever_stands_behind(model, pages, monkeypatch):
+    tokenizer = model.model.tokenizer
+    words, end = tokenizer.encode("total"), tokenizer.eos_token_ids[0]
+    monkeypatch.setattr(inference, "generate", lambda *_, **__: np.array([[*words, end, *words, *words]]))
+    assert model.answer_question(pages[0], "What?") == "total"
+
+
 def test_bad_input_is_told(model, pages):
     with pytest.raises(ImageError, match="no image file"):
         model.answer_question("missing.png", "What?")
@@ -96,6 +116,14 @@ def test_bad_input_is_told(model, pages):
         model.analyze_document(pages[0], pages=[2])
     with pytest.raises(ValueError, match="image item without"):
         open_images([{"role": "user", "content": [{"type": "image"}]}])
+    for messages, message in [
+        ([], "at least one message"),
+        (["What?"], "message 0: expected a role"),
+        ([{"role": "user"}], "content is a text or a list of items"),
+        ([{"role": "user", "content": ["What?"]}], "an item is a text .* or an image"),
+    ]:
+        with pytest.raises(ConversationError, match=message):
+            model.chat(messages)
     with pytest.raises(ValueError, match="context holds 160"):
         model.answer_question(pages[0], "very long " * 40)
     with pytest.raises(ValueError, match="goes with a question as text"):

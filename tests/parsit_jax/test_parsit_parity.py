@@ -124,6 +124,7 @@ def test_images_and_tokens_that_do_not_fit(pair):
             r"normalised floats of shape \(images, 3, height, width\), found float32 \(3, 2, 37, 37\)",
         ),
         (ids, np.zeros((3, 3, 37, 37), np.uint8), r"normalised floats.*found uint8"),
+        (ids, pixels[..., :6], r"37 x 6 pixels hold no patch of 7"),
     ]:
         with pytest.raises(ValueError, match=message):
             ours(wrong_ids, wrong_pixels)
