@@ -138,6 +138,7 @@ def _encode(
             f"the messages hold {len(places)} images and {len(image_tokens)} images are given: "
             f"each image takes one {{'type': 'image'}} item, in order{without}"
         )
+    loss_mask[places] = False  # an image is shown, never said
     if any(count < 1 for count in image_tokens):
         raise ConversationError(f"each image takes at least one token, found {list(image_tokens)}")
     repeats = np.ones(len(tokens), np.int64)  # the template writes one token for each image

@@ -57,7 +57,10 @@ def batch_source(experiment: Experiment, tokenizer: VishwamAITokenizer) -> Mixed
 def check_tokenizer(tokenizer: VishwamAITokenizer, config: ParsitConfig) -> None:
     """Raises ConfigError unless the tokenizer's ids, and its image token, are those of the model."""
     check_vocabulary(tokenizer, config.text)
-    image = tokenizer.token_to_id(IMAGE_TOKEN)
+    added = tokenizer.added_tokens.get(IMAGE_TOKEN)
+    if added is None:
+        raise ConfigError(f"the tokenizer in {tokenizer.folder} has no {IMAGE_TOKEN}: name the model's own tokenizer")
+    image = added.id
     if image != config.image_token_id:
         raise ConfigError(
             f"{IMAGE_TOKEN} is {image} in the tokenizer in {tokenizer.folder}, the model says "

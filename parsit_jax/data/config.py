@@ -41,7 +41,10 @@ class DatasetConfig(PageFiles):
         "page is whole",
     )
     weight: float | None = Field(
-        None, gt=0, description="share of the rows; where no dataset has one, files are shuffled together"
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="share of the rows; where no dataset has one, files are shuffled together",
     )
 
     @model_validator(mode="after")

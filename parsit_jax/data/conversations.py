@@ -32,14 +32,13 @@ def parse(record: Record) -> PageConversation:
     The paths are those under `image` or `images`, or stand in the image items of `messages` themselves.
     Raises DataError where they are not as many as the marks.
     """
-    listed = record.data.get("image", record.data.get("images")) or []
-    listed = [listed] if isinstance(listed, str) else listed
-    if not isinstance(listed, list) or not all(isinstance(path, str) for path in listed):
-        raise DataError(f"{record.where}: image is {listed!r:.80}, expected a path or a list of paths")
+    listed = [path for key in ("image", "images") for path in _paths(record.data.get(key), key, record.where)]
     messages, named = [], []
     for message in messages_of(record):
         items = _items(message, f"{record.where}: a turn of {message['role']}")
-        named += [item.pop("image") for item in items if item.get("type") == "image" and "image" in item]
+        for item in items:
+            if item.get("type") == "image" and "image" in item:
+                named += _paths(item.pop("image"), "the image of an item", record.where)
         messages.append({**message, "content": items})
     marks = sum(item.get("type") == "image" for message in messages for item in message["content"])
     paths = named or listed
@@ -50,6 +49,13 @@ def parse(record: Record) -> PageConversation:
         )
     folder = record.path.parent if record.files.image_folder is None else Path(record.files.image_folder)
     return PageConversation(messages, tuple(folder / path for path in paths))
+
+
+def _paths(value: Any, name: str, where: str) -> list[str]:
+    paths = [value] if isinstance(value, str) else value or []
+    if not isinstance(paths, list) or not all(isinstance(path, str) for path in paths):
+        raise DataError(f"{where}: {name} is {value!r:.80}, expected a path or a list of paths")
+    return paths
 
 
 def _items(message: dict[str, Any], where: str) -> list[dict[str, Any]]:

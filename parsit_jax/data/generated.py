@@ -4,6 +4,7 @@ import logging
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -52,7 +53,7 @@ class GeneratedRows:
             elif self.too_long is TooLong.ERROR:
                 raise DataError(self.complaint(needed))
             else:
-                logger.debug("row %s: a page of %s needs %s, drawn anew", index, self.config.generated, needed)
+                _tell_of_skipping(self.config.generated, self.room.tokens, self.room.patches)
         if not examples:
             raise DataError(f"{_ATTEMPTS} pages in turn: {self.complaint(needed)}")
         return examples
@@ -89,6 +90,13 @@ class GeneratedRows:
             f"{self.room.tokens} and {self.room.patches}: raise data.max_length or data.max_patches, or have such "
             "pages drawn anew: data.too_long=skip"
         )
+
+
+@cache
+def _tell_of_skipping(kind: str, tokens: int, patches: int) -> None:
+    """Once, not for each page: pages never end, and a row is drawn again whenever it is asked for."""
+    message = "%s that need more than a row's %s tokens and %s patches are drawn anew (data.too_long=skip)"
+    logger.warning(message, kind, f"{tokens:,}", f"{patches:,}")
 
 
 def conversations(document: Document, config: DatasetConfig) -> Iterator[list[Message]]:

@@ -423,6 +423,12 @@ def test_images_take_their_tokens(tokenizer):
     assert encoded.loss_mask.shape == encoded.tokens.shape
 
 
+def test_an_image_of_the_assistant_is_not_learned(tokenizer):
+    messages = [{"role": "user", "content": "draw"}, {"role": "assistant", "content": [text_item("see "), IMAGE]}]
+    encoded = encode_conversation(messages, tokenizer, image_tokens=[3])
+    assert learned(encoded, tokenizer) == ["see <|vision_start|>", "<|vision_end|><|im_end|>"]
+
+
 def test_image_ids_equal_those_of_the_expanded_text(tokenizer):
     messages = [{"role": "user", "content": [IMAGE, text_item("What is the total?")]}]
     encoded = encode_prompt(messages, tokenizer, image_tokens=[729])

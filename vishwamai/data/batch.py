@@ -49,11 +49,11 @@ def text_batch(tokens: Array, attention_mask: Array | None = None) -> Batch:
     tokens = np.asarray(tokens, np.int32)
     if tokens.ndim != 2:
         raise ValueError(f"token ids must have shape B T, found {tokens.shape}")
-    mask = np.ones_like(tokens) if attention_mask is None else np.asarray(attention_mask, np.int32)
-    if mask.shape != tokens.shape:
-        raise ValueError(f"attention_mask has shape {mask.shape}, token ids have {tokens.shape}")
+    there = np.ones(tokens.shape, bool) if attention_mask is None else np.asarray(attention_mask) != 0
+    if there.shape != tokens.shape:
+        raise ValueError(f"attention_mask has shape {there.shape}, token ids have {tokens.shape}")
     # Counted from the first token that is there: a gap in the mask is hidden, and keeps its places.
-    start = np.argmax(mask != 0, axis=1)
+    start = np.argmax(there, axis=1)
     positions = np.maximum(np.arange(tokens.shape[1], dtype=np.int32) - start[:, None], 0).astype(np.int32)
-    weights = mask.astype(np.float32)
-    return Batch(tokens=tokens, positions=positions, segment_ids=(mask != 0).astype(np.int32), loss_weights=weights)
+    weights = there.astype(np.float32)
+    return Batch(tokens=tokens, positions=positions, segment_ids=there.astype(np.int32), loss_weights=weights)

@@ -4,8 +4,8 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +31,23 @@ def length_index(
     """
     parts = json.dumps([_FORMAT, records.fingerprint, _tokenizer_hash(tokenizer), key])
     path = _folder() / f"{hashlib.sha256(parts.encode()).hexdigest()[:32]}.npy"
-    if path.is_file():
+    try:
         return np.load(path)
+    except (OSError, ValueError, EOFError):  # not there, or damaged: counted anew
+        pass
     logger.info("counting the tokens of %s examples", len(records))
     lengths = np.asarray([measure(record) for record in records], np.int32)
+    part = path.with_name(f"{path.stem}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Renamed into place: a run that is killed, or one beside it, never sees half a file.
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
+        with part.open("wb") as file:
             np.save(file, lengths)
-        os.replace(file.name, path)
+        part.replace(path)
     except OSError as error:
         logger.warning("token counts are not kept for the next run: %s", error)
+        with suppress(OSError):
+            part.unlink()
     return lengths
 
 

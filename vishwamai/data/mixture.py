@@ -45,7 +45,7 @@ class MixedBatches:
 
     def row(self, index: int) -> list[Example]:
         """The examples of a global row."""
-        weights = [Fraction(weight).limit_denominator(10**6) for weight in self.weights]
+        weights = [Fraction(str(weight)) for weight in self.weights]  # 0.1 is a tenth, as it was written
         stream, own = assign(weights, index)
         return self.streams[stream].row(own)
 

@@ -7,6 +7,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,8 @@ def chosen(strategy: str, count: int, seed: Sequence[int], where: str) -> np.nda
     if strategy == "all":
         return np.arange(count)
     part, _, amount = strategy.rpartition(":")
-    taken = math.ceil(float(amount[:-1]) * count / 100) if amount.endswith("%") else int(amount)
+    # As a fraction: 0.07% of 10,000 are 7, in floats they would be 8.
+    taken = math.ceil(Fraction(amount[:-1]) * count / 100) if amount.endswith("%") else int(amount)
     if taken > count:
         raise DataError(f"{where} holds {count} examples, sampling_strategy {strategy} asks for more: say all")
     if part == "first":
@@ -95,9 +97,9 @@ class JsonLines:
 
     def __getitem__(self, index: int) -> tuple[Any, str]:
         start, end = (int(at) for at in self._ranges[index])
-        where = f"{self.path} line {self._lines[index]}"
+        line = int(self._lines[index])
         # pread: threads share the file without sharing its position.
-        return _parsed(os.pread(self._file.fileno(), end - start, start), where), where
+        return _parsed(os.pread(self._file.fileno(), end - start, start), self.path, line), f"{self.path} line {line}"
 
 
 class JsonList:
@@ -105,7 +107,7 @@ class JsonList:
 
     def __init__(self, path: Path):
         self.path = path
-        self.items = _parsed(path.read_bytes(), str(path))
+        self.items = _parsed(path.read_bytes(), path)
         if not isinstance(self.items, list):
             raise DataError(f"{path} holds {_kind(self.items)}, expected a list (an object per line is .jsonl)")
 
@@ -144,7 +146,7 @@ class Records(Sequence[Record]):
             raise DataError(f"no examples are taken from {', '.join(file.json_path for file in files)}")
 
     def __len__(self) -> int:
-        return self._ends[-1]
+        return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: int) -> Record:
         if not 0 <= index < len(self):
@@ -175,14 +177,16 @@ def _flattened(config: FilesConfig, schema: type[FilesConfig]) -> Iterator[Files
             yield from _flattened(inner, schema)
 
 
-def _parsed(raw: bytes, where: str) -> Any:
+def _parsed(raw: bytes, path: Path, line: int | None = None) -> Any:
+    """The JSON in a file, or in one line of it."""
     try:
         return json.loads(raw.decode("utf-8-sig"))
     except json.JSONDecodeError as error:
-        line = "" if " line " in where else f" line {error.lineno}"
-        raise DataError(f"{where}{line} is not valid JSON: {error.msg} at column {error.colno}") from None
+        line = line or error.lineno
+        raise DataError(f"{path} line {line} is not valid JSON: {error.msg} at column {error.colno}") from None
     except UnicodeDecodeError as error:
-        raise DataError(f"{where} is not UTF-8: byte {error.start} is {raw[error.start]:#04x}") from None
+        line = line or raw[: error.start].count(b"\n") + 1
+        raise DataError(f"{path} line {line} is not UTF-8: byte {error.object[error.start]:#04x}") from None
 
 
 def _kind(value: Any) -> str:

@@ -26,7 +26,9 @@ class TextData(Config):
 
 
 def example(record: Record, tokenizer: VishwamAITokenizer) -> Example:
-    """A conversation, learned where the assistant speaks. Raises DataError."""
+    """A conversation, learned where the assistant speaks. Raises DataError, also where it is about images."""
+    if images := record.data.get("image") or record.data.get("images"):
+        raise DataError(f"{record.where} shows {images!r:.80}, which a text model can't see: leave it out")
     try:
         conversation = encode_conversation(messages_of(record), tokenizer)
     except ConversationError as error:

@@ -106,6 +106,14 @@ def test_image_folder_and_paths_inside_messages():
     assert found.messages[0]["content"] == [{"type": "image"}, content[1]]
 
 
+def test_images_stand_under_either_key():
+    talk = conversation("<image>\nQ", "A")
+    for images in ({"image": None, "images": ["1.png"]}, {"image": [], "images": "1.png"}, {"image": "1.png"}):
+        assert [path.name for path in parse(record({"conversations": talk} | images)).images] == ["1.png"]
+    with pytest.raises(DataError, match="1 <image> marks .* and 2 images"):
+        parse(record({"conversations": talk, "image": "1.png", "images": ["2.png"]}))
+
+
 def break_it(folder, case):
     """Writes a broken file: (conversation of its one record, its images) by case."""
     page(0).save(folder / "ok.png")
@@ -120,11 +128,16 @@ def break_it(folder, case):
         "fewer marks": (talk, ["ok.png", "ok.png"]),
         "no assistant": (talk[:1], "ok.png"),
         "no such image": (talk, 7),
+        "no path": (talk, None),
         "role": ([*talk, {"from": "robot", "value": "x"}], "ok.png"),
         "too long": (conversation("<image>\nQ", "A" * 400), "ok.png"),
     }
     turns, image = records[case]
-    lines = [{"id": 1, "conversations": conversation("Q", "A")}, {"id": 2, "image": image, "conversations": turns}]
+    talks = {"conversations": turns, "image": image}
+    if case == "no path":
+        item = {"type": "image", "image": {"url": "x"}}
+        talks = {"messages": [{"role": "user", "content": [item]}, {"role": "assistant", "content": "A"}]}
+    lines = [{"id": 1, "conversations": conversation("Q", "A")}, {"id": 2} | talks]
     (folder / "bad.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
 
 
@@ -138,6 +151,7 @@ def break_it(folder, case):
         ("fewer marks", "1 <image> marks .* and 2 images"),
         ("no assistant", "no turn of the assistant"),
         ("no such image", "image is 7, expected a path"),
+        ("no path", "the image of an item is {'url': 'x'}, expected a path"),
         ("role", "robot"),
         ("too long", r"needs 4\d\d tokens and 64 patches, a row holds 300 and 192"),
     ],

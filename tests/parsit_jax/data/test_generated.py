@@ -4,6 +4,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import tokenizers
 
 from parsit_jax import prompts
 from parsit_jax.data.batches import batch_source
@@ -13,6 +14,7 @@ from parsit_jax.documents.generator import Split, generate
 from parsit_jax.documents.patches import patchify, preprocess
 from vishwamai.config import ConfigError
 from vishwamai.data.sources import DataError
+from vishwamai.tokenizer import VishwamAITokenizer
 
 RECEIPTS = {"generated": "receipts"}
 LINES = {"generated": "lines", "task": "transcribe"}
@@ -130,12 +132,13 @@ def test_weights_mix_datasets(experiment, tokenizer):
     assert kinds == {True: 12, False: 4}
 
 
-def test_a_page_that_does_not_fit(experiment, tokenizer):
+def test_a_page_that_does_not_fit(experiment, tokenizer, caplog):
     with pytest.raises(DataError, match=r"receipts needs \d+ tokens and 64 patches, a row holds 80 and 64: raise"):
         batch_source(experiment(RECEIPTS, max_length=80), tokenizer).batch(0)
     skipping = batch_source(experiment(LINES, max_length=105, too_long="skip"), tokenizer)
     lengths = [len(skipping.row(row)[0].tokens) for row in range(12)]
     assert max(lengths) <= 105
+    assert caplog.text.count("lines that need more than a row's 105 tokens and 64 patches are drawn anew") == 1
     with pytest.raises(DataError, match="a page of lines needs"):
         for row in range(12):
             batch_source(experiment(LINES, max_length=105), tokenizer).row(row)
@@ -161,6 +164,13 @@ def test_sizes_that_do_not_fit_each_other(experiment, tokenizer, dataset, others
         batch_source(experiment(dataset, **others), tokenizer)
 
 
+def test_a_tokenizer_without_images(experiment, tmp_path):
+    library = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, []))
+    library.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ConfigError, match=r"has no <\|image_pad\|>: name the model's own tokenizer"):
+        batch_source(experiment(RECEIPTS), VishwamAITokenizer.from_pretrained(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("datasets", "message"),
     [
@@ -169,6 +179,7 @@ def test_sizes_that_do_not_fit_each_other(experiment, tokenizer, dataset, others
         ([RECEIPTS | {"json_path": "a.json"}], "either json_path or generated"),
         ([RECEIPTS | {"image_folder": "x"}], "image_folder has no meaning for drawn pages"),
         ([{"json_path": "a.json", "max_questions": 2}], "max_questions has no meaning for files"),
+        ([RECEIPTS | {"weight": float("inf")}], "finite number"),
         ([RECEIPTS, LINES], "every dataset needs a weight"),
         ([RECEIPTS | {"weight": 1}, LINES], "either every dataset has a weight or none"),
     ],

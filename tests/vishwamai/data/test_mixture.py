@@ -43,6 +43,15 @@ class Numbered:
         return [Example(np.asarray([self.start + index]), np.ones(1, np.float32))]
 
 
+def test_weights_are_taken_as_they_were_written():
+    """However small: 0.1 is a tenth exactly, and 1e-9 is not nothing."""
+    streams = (Numbered(0), Numbered(10**6))
+    for weights in [(1e-9, 3e-9), (0.1, 0.3)]:
+        source = MixedBatches(streams, weights, Capacity(1), batch_size=1)
+        said = [int(source.row(row)[0].tokens[0]) for row in range(4000)]
+        assert sum(number < 10**6 for number in said) == 1000
+
+
 def test_batches_are_consecutive_rows():
     source = MixedBatches((Numbered(0), Numbered(1000)), (0.25, 0.75), Capacity(1), batch_size=8)
     said = np.concatenate([source.batch(step).tokens[:, 0] for step in range(3)])

@@ -124,6 +124,26 @@ def test_lengths_are_counted_once_and_again_when_anything_changed(files):
     assert count(files) == ([[7, 0]], 1)
 
 
+def test_damaged_counts_are_counted_anew(files):
+    index, _ = count(files)
+    (kept,) = (files / "cache").rglob("*.*")
+    for content in (b"", kept.read_bytes()[:-3]):
+        kept.write_bytes(content)
+        assert count(files) == (index, 4)
+        assert count(files) == (index, 0)
+
+
+def test_a_full_disk_leaves_no_half_of_a_file(files, monkeypatch, caplog):
+    def full(file, array):
+        file.write(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(lengths_module.np, "save", full)
+    assert count(files)[1] == 4
+    assert "not kept for the next run: No space left on device" in caplog.text
+    assert [path for path in (files / "cache").rglob("*") if path.is_file()] == []
+
+
 def test_a_folder_that_cannot_be_written_is_said(files, monkeypatch, caplog):
     (files / "blocked").write_text("a file")
     monkeypatch.setattr(lengths_module, "_folder", lambda: files / "blocked" / "lengths")

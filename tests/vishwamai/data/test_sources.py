@@ -62,6 +62,14 @@ def test_random_samples_depend_on_the_seed_alone(strategy, count):
     assert count == 100 or taken != chosen(strategy, 100, (2,), "a.json").tolist()
 
 
+@pytest.mark.parametrize(
+    ("strategy", "count", "taken"),
+    [("0.07%", 10_000, 7), ("first:14%", 50, 7), ("end:0.07%", 10_001, 8), ("3%", 7, 1), ("first:33.3%", 1000, 333)],
+)
+def test_shares_are_rounded_up_exactly(strategy, count, taken):
+    assert len(chosen(strategy, count, (0,), "a.json")) == taken
+
+
 @pytest.mark.parametrize("strategy", ["some", "7", "first:", "last:3", "first:-1", "%"])
 def test_unknown_strategies_are_refused(strategy):
     with pytest.raises(ValidationError, match="expected all, first:N"):
@@ -98,6 +106,8 @@ def test_a_mix_in_yaml(tmp_path):
         ("datasets:\n  - json_paths: a.json", "did you mean json_path"),
         ("files: []", "expected `datasets:`"),
         ("datasets: [a.json]", r"datasets\.0 is a text"),
+        ("datasets: []", r"no examples are taken from .*mix\.yaml"),
+        ("datasets:\n  - {json_path: a.json, json_path: b.json}", "json_path stands there twice"),
         ("datasets:\n  - json_path: nowhere.json", r"no data file nowhere\.json"),
     ],
 )
@@ -113,6 +123,8 @@ def test_broken_mixes(tmp_path, text, message):
     [
         ("a.jsonl", b'{"id": 1}\n\n{"id": 2\n', r"a\.jsonl line 3 is not valid JSON: .* at column"),
         ("a.json", b'[{"id": 1},\n {"id" 2}]', r"a\.json line 2 is not valid JSON"),
+        ("a line 9.json", b'[{"id": 1},\n {"id" 2}]', r"a line 9\.json line 2 is not valid JSON"),
+        ("a.json", b'[1,\n"\xff"]', r"a\.json line 2 is not UTF-8: byte 0xff"),
         ("a.json", b"{}", "holds an object, expected a list"),
         ("a.json", b"[]", r"a\.json holds no examples"),
         ("a.jsonl", b"\n\n", r"a\.jsonl holds no examples"),

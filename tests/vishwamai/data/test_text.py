@@ -21,7 +21,7 @@ def source_of(tmp_path, monkeypatch):
 
     def make(records, vocab_size=tokenizer.vocab_size):
         path = tmp_path / "a.jsonl"
-        path.write_text("\n".join(json.dumps({"messages": messages}) for messages in records))
+        path.write_text("\n".join(json.dumps(r if isinstance(r, dict) else {"messages": r}) for r in records))
         experiment = SimpleNamespace(
             model=SimpleNamespace(vocab_size=vocab_size),
             data=TextData(max_length=128, datasets=[{"json_path": str(path)}]),
@@ -50,5 +50,11 @@ def test_conversations_share_rows_and_the_assistant_is_learned(source_of):
 def test_errors_say_the_line(source_of):
     with pytest.raises(DataError, match="a.jsonl line 2: "):
         source_of([talk(0), [{"role": "robot", "content": "x"}, *talk(1)]])
+    with pytest.raises(DataError, match="a.jsonl line 1: .*half a surrogate pair"):
+        source_of([[{"role": "user", "content": "\ud83d"}, *talk(1)]])
+    with pytest.raises(DataError, match="a.jsonl line 2 shows 'a.png', which a text model can't see"):
+        source_of([talk(0), {"image": "a.png", "messages": talk(1)}])
+    with pytest.raises(DataError, match="a.jsonl line 1: the messages hold 1 images and 0 images are given"):
+        source_of([[{"role": "user", "content": [{"type": "image"}]}, *talk(1)]])
     with pytest.raises(ConfigError, match="vocab_size is 5"):
         source_of([talk(0)], vocab_size=5)
