@@ -14,11 +14,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from parsit_jax.documents.images import ImageError
 from parsit_jax.evaluation.benchmarks import BENCHMARKS, BenchmarkError, load_benchmarks
 from parsit_jax.evaluation.metrics import METRICS
 from parsit_jax.evaluation.report import write_report
 from parsit_jax.evaluation.run import evaluate
 from parsit_jax.inference import ParsitInference
+from vishwamai.checkpoint import CheckpointError, steps
 from vishwamai.config import ConfigError, read_yaml, validate
 from vishwamai.experiment import EvaluationConfig
 
@@ -36,6 +38,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.limit is not None and options.limit < 1:
         parser.error(f"--limit {options.limit}: expected at least 1")
+    if options.seed < 0:
+        parser.error(f"--seed {options.seed}: expected at least 0")
     if not options.checkpoint.is_dir():
         parser.error(f"no folder {options.checkpoint}")
 
@@ -65,15 +69,19 @@ def main(arguments: list[str] | None = None) -> None:
                 provenance={"step": checkpoint_step(options.checkpoint), "seed": options.seed},
                 on_progress=lambda name, done, total: progress.update(tasks[name], completed=done, total=total),
             )
-    except (BenchmarkError, ConfigError, FileNotFoundError) as error:
+    except (BenchmarkError, CheckpointError, ConfigError, ImageError, OSError) as error:
         parser.exit(1, f"error: {error}\n")
 
     # ------------------------------------------------------------------ report
     console.print(score_table(results))
+    try:
+        report = write_report(output, run)
+    except (OSError, ValueError) as error:
+        parser.exit(1, f"error: the results are in {output}, but there is no report: {error}\n")
     with (output / "predictions" / f"{names[0]}.jsonl").open(encoding="utf-8") as file:
         sample = json.loads(file.readline())
     for title, text in {
-        "report": write_report(output, run),
+        "report": report,
         "page": output / sample["image"],
         "asked": sample["question"],
         "model": sample["prediction"],
@@ -94,10 +102,10 @@ def evaluation_settings(config: Path) -> EvaluationConfig:
 
 
 def checkpoint_step(checkpoint: Path) -> int | None:
-    """The step of one checkpoint, or of a run's last one; None for a folder that was exported."""
-    folders = [checkpoint] if checkpoint.parent.name == "checkpoints" else checkpoint.glob("checkpoints/*")
-    steps = (int(folder.name) for folder in folders if folder.name.isdigit())
-    return max(steps, default=None)
+    """The step of one checkpoint, or of a run's last complete one; None for a folder that was exported."""
+    if checkpoint.parent.name == "checkpoints" and checkpoint.name.isdigit():
+        return int(checkpoint.name)
+    return max(steps(checkpoint), default=None)
 
 
 def score_table(results: dict) -> Table:

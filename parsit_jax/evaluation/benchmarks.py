@@ -157,37 +157,37 @@ SROIE_QUESTIONS = {
 def _is_sroie(folder: Path) -> bool:
     if not (folder / "validation.jsonl").is_file():
         return False
-    with (folder / "validation.jsonl").open(encoding="utf-8") as file:
-        first_line = file.readline()
     try:
-        label = json.loads(first_line)["label"]
-    except (ValueError, KeyError, TypeError):
+        row = next(_read_jsonl(folder / "validation.jsonl", required=("label",)), {"label": None})
+    except BenchmarkError:
         return False
-    return isinstance(label, dict) and bool(label) and set(label) <= set(SROIE_QUESTIONS)
+    return isinstance(row["label"], dict) and bool(row["label"]) and set(row["label"]) <= set(SROIE_QUESTIONS)
 
 
 def _sroie(folder: Path | None, seed: int) -> Iterator[Example]:
     """ICDAR 2019 SROIE, task 3 (Huang et al., 2019): four fields of scanned receipts, where labelled."""
     assert folder is not None
     for row in _read_jsonl(folder / "validation.jsonl", required=("id", "image", "label")):
-        image = folder / row["image"]
+        page, image, label = str(row["id"]), folder / str(row["image"]), row["label"]
         if not image.is_file():
-            raise BenchmarkError(f"receipt {row['id']} names the image {image}, which is missing")
+            raise BenchmarkError(f"receipt {page} names the image {image}, which is missing")
+        if not isinstance(label, dict):
+            raise BenchmarkError(f"receipt {page} has the label {label!r:.80}, expected an object of fields and values")
         for name, question in SROIE_QUESTIONS.items():
-            answer = str(row["label"].get(name) or "").strip()
+            answer = str(label.get(name) or "").strip()
             if answer:
-                yield Example(f"{row['id']}-{name}", row["id"], image, question, (answer,), {"field": name})
+                yield Example(f"{page}-{name}", page, image, question, (answer,), {"field": name})
 
 
 def _read_jsonl(path: Path, required: Sequence[str]) -> Iterator[dict]:
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8-sig"))
             except ValueError as error:
-                raise BenchmarkError(f"{path}, line {number}: not JSON ({error})") from error
+                raise BenchmarkError(f"{path}, line {number}: not JSON ({error})") from None
             missing = [key for key in required if not isinstance(row, dict) or key not in row]
             if missing:
                 raise BenchmarkError(f"{path}, line {number}: expected an object with {required}, no {missing[0]!r}")

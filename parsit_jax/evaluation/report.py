@@ -10,12 +10,12 @@ from pathlib import Path
 
 import jinja2
 from markupsafe import Markup
-from PIL import Image, ImageOps
 
+from parsit_jax.documents.images import ImageError, load_image
 from parsit_jax.evaluation.curves import draw_curves, read_metrics
 from parsit_jax.evaluation.metrics import METRICS, mean
 from parsit_jax.evaluation.report_template import STYLE, TEMPLATE
-from parsit_jax.evaluation.run import write_atomically
+from vishwamai.training.run import write_text
 
 PAGES_SHOWN = 4  # of the worst and of the best, for each benchmark
 LONGEST_SIDE = 900  # larger pages are embedded smaller
@@ -26,12 +26,13 @@ def write_report(output: Path, run: Path | None = None) -> Path:
     """Writes `output/report.html` and returns its path.
 
     Args:
-        output: folder with the `results.json` and `predictions/` of an evaluation. run: folder with the
-        `metrics.jsonl` and `config.yaml` of the training run, each left out of the report where it is
-            not there; by default `output`.
+        output: folder with the `results.json` and `predictions/` of an evaluation.
+        run: folder with the `metrics.jsonl` and `config.yaml` of the training run, each left out of the report
+            where it is not there; by default `output`.
 
     Raises:
         FileNotFoundError: there are no results, or a benchmark's predictions are missing.
+        ValueError: a line of `metrics.jsonl` is no object with a step.
     """
     output = Path(output)
     run = output if run is None else Path(run)
@@ -53,7 +54,7 @@ def write_report(output: Path, run: Path | None = None) -> Path:
         curves=Markup(draw_curves(read_metrics(metrics))) if metrics.is_file() else "",
         config=config.read_text(encoding="utf-8") if config.is_file() else "",
     )
-    write_atomically(output / "report.html", html.strip() + "\n")
+    write_text(output / "report.html", html.strip() + "\n")
     return output / "report.html"
 
 
@@ -141,11 +142,10 @@ def _differences(prediction: str, answers: Sequence[str]) -> list[tuple[str, boo
 
 
 def _embed(path: Path) -> tuple[str, int]:
-    """A page as a data URI, with its width in pixels; an empty URI if the file has gone or is no image."""
+    """A page as the model saw it, as a data URI, with its width in pixels; an empty URI if it can't be read now."""
     try:
-        with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened).convert("RGB")
-    except OSError:
+        image = load_image(path)
+    except ImageError:
         return "", 0
     image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
     kind, options = ("PNG", {}) if image.width < SMALL_PAGE else ("JPEG", {"quality": 80})

@@ -12,8 +12,10 @@ from typing import Protocol
 
 from PIL import Image
 
+from parsit_jax.documents.images import load_image
 from parsit_jax.evaluation.benchmarks import BenchmarkError, Example
 from parsit_jax.evaluation.metrics import METRICS, mean
+from vishwamai.training.run import write_text
 
 Page = Path | Image.Image
 
@@ -54,16 +56,21 @@ def evaluate(
 
     Raises:
         BenchmarkError: a benchmark has no examples, or wrong files.
+        ImageError: a page can't be read. Both are found before the first question is asked.
         ValueError: the answerer did not give one answer per question.
     """
     start = time.monotonic()
     output = Path(output)
-    scores = {}
+    asked, sizes = {}, {}
     for name, examples in benchmarks.items():
-        examples = list(itertools.islice(examples, limit))
-        if not examples:
+        asked[name] = list(itertools.islice(examples, limit))
+        if not asked[name]:
             raise BenchmarkError(f"benchmark {name!r} has no questions to ask (limit: {limit})")
-        rows = _ask(answerer, name, examples, output, batch_size, on_progress)
+        pages = {example.page: example.image for example in asked[name]}
+        sizes[name] = {page: load_image(image).size for page, image in pages.items()}
+    scores = {}
+    for name, examples in asked.items():
+        rows = _ask(answerer, name, examples, sizes[name], output, batch_size, on_progress)
         scores[name] = _summarise(rows)
     results = {
         "benchmarks": scores,
@@ -72,27 +79,24 @@ def evaluate(
         "limit": limit,
         **(provenance or {}),
     }
-    write_atomically(output / "results.json", json.dumps(results, indent=2) + "\n")
+    write_text(output / "results.json", json.dumps(results, indent=2) + "\n")
     return results
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a whole file or nothing: a reader never meets half of it."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 def _ask(
     answerer: Answerer,
     name: str,
     examples: Sequence[Example],
+    sizes: Mapping[str, tuple[int, int]],
     output: Path,
     batch_size: int,
     on_progress: Callable[[str, int, int], None],
 ) -> list[dict]:
-    """One row per example, also streamed to `predictions/<name>.jsonl` (`.partial` until it is complete)."""
-    blank_questions = sorted({(_size(example.image), example.question) for example in examples})
+    """One row per example, also streamed to `predictions/<name>.jsonl` (`.partial` until it is complete).
+
+    `sizes` of pages are those of the empty ones.
+    """
+    blank_questions = sorted({(sizes[example.page], example.question) for example in examples})
     total, done = len(blank_questions) + len(examples), 0
     blank_answers: dict[tuple[tuple[int, int], str], str] = {}
     for batch in _batches(blank_questions, batch_size):
@@ -110,7 +114,7 @@ def _ask(
         for batch in _batches(examples, batch_size):
             answers = _answer(answerer, [e.image for e in batch], [e.question for e in batch])
             for example, prediction in zip(batch, answers, strict=True):
-                blank = blank_answers[_size(example.image), example.question]
+                blank = blank_answers[sizes[example.page], example.question]
                 row = {
                     "id": example.id,
                     "page": example.page,
@@ -144,13 +148,6 @@ def _answer(answerer: Answerer, images: Sequence[Page], questions: Sequence[str]
 
 def _score(prediction: str, answers: Sequence[str]) -> dict[str, float]:
     return {name: metric.score(prediction, answers) for name, metric in METRICS.items()}
-
-
-def _size(image: Page) -> tuple[int, int]:
-    if isinstance(image, Image.Image):
-        return image.size
-    with Image.open(image) as opened:  # reads the header only
-        return opened.size
 
 
 def _page_path(example: Example, output: Path, benchmark: str) -> str:

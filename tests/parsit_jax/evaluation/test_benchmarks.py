@@ -79,6 +79,20 @@ def test_a_bare_folder_is_recognised(shared):
     assert all(example.image.is_file() for example in examples)
 
 
+def test_a_folder_whose_first_line_is_blank_and_ids_are_numbers(receipts):
+    path = receipts / "validation.jsonl"
+    path.write_text("\n" + path.read_text().replace('"7"', "7"))
+    (first, *_) = load_benchmarks(["sroie"], [str(receipts)])["sroie"]
+    assert (first.id, first.page) == ("7-company", "7")
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"{", b'{"label": {"colour": "red"}}', b'{"label": {}}'])
+def test_a_folder_of_something_else_is_not_recognised(tmp_path, content):
+    (tmp_path / "validation.jsonl").write_bytes(content)
+    with pytest.raises(BenchmarkError, match="looks like no benchmark's data"):
+        load_benchmarks(["sroie"], [str(tmp_path)])
+
+
 def test_a_folder_with_an_equals_sign_in_its_name(receipts):
     renamed = receipts.rename(receipts.with_name("a=b"))
     assert len(list(load_benchmarks(["sroie"], [str(renamed)])["sroie"])) == 5
@@ -121,10 +135,12 @@ def test_wrong_names_and_data(receipts, names, data, message):
         ('{"id": "9", "label": {}}', "line 3: expected an object with ('id', 'image', 'label'), no 'image'"),
         ("[]", "line 3: expected an object"),
         ('{"id": "9", "image": "img/9.jpg", "label": {}}', "receipt 9 names the image"),
+        ('{"id": 9, "image": "img/8.jpg", "label": "9.00"}', "receipt 9 has the label '9.00', expected an object"),
+        ("\udcff", "line 3: not JSON"),
     ],
 )
 def test_malformed_sroie_rows(receipts, line, message):
-    with (receipts / "validation.jsonl").open("a") as file:
+    with (receipts / "validation.jsonl").open("a", errors="surrogateescape") as file:
         file.write(line + "\n")
     with pytest.raises(BenchmarkError) as error:
         list(load_benchmarks(["sroie"], [str(receipts)])["sroie"])

@@ -3,20 +3,29 @@
 import importlib.util
 import json
 import sys
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 from parsit_jax.evaluation.benchmarks import load_benchmarks
+from vishwamai.checkpoint import CheckpointError
+from vishwamai.checkpoint.arrays import COMMITTED
 
 EVAL = Path(__file__).parents[3] / "eval.py"
+
+
+@cache
+def drawn_examples():
+    return tuple(load_benchmarks(["generated"])["generated"])
 
 
 @pytest.fixture
 def command(monkeypatch, Oracle):
     """`eval.py`'s main, with a model that reads every generated receipt."""
-    oracle = Oracle(load_benchmarks(["generated"])["generated"])
+    oracle = Oracle(drawn_examples())
     inference = SimpleNamespace(ParsitInference=lambda checkpoint: oracle)
     monkeypatch.setitem(sys.modules, "parsit_jax.inference", inference)
     spec = importlib.util.spec_from_file_location("eval_command", EVAL)
@@ -28,8 +37,10 @@ def command(monkeypatch, Oracle):
 @pytest.fixture
 def run(tmp_path):
     folder = tmp_path / "runs" / "tiny"
-    for step in ("90", "200", "300.orbax-checkpoint-tmp"):
+    for step in ("90", "200", "250", "300.orbax-checkpoint-tmp"):
         (folder / "checkpoints" / step).mkdir(parents=True)
+        if step != "250":  # half-written
+            (folder / "checkpoints" / step / COMMITTED).touch()
     (folder / "config.yaml").write_text("evaluation: {benchmarks: [generated], limit: 9, batch_size: 4}\n")
     return folder
 
@@ -89,6 +100,7 @@ def test_an_exported_folder_and_another_output(command, tmp_path):
     [
         (["--checkpoint", "{run}/none"], "no folder {run}/none"),
         (["--checkpoint", "{run}/checkpoints/90", "--limit", "0"], "--limit 0: expected at least 1"),
+        (["--checkpoint", "{run}", "--seed", "-1"], "--seed -1: expected at least 0"),
         (["--checkpoint", "{run}", "--benchmarks", "generatd"], "did you mean 'generated'"),
         (["--checkpoint", "{run}", "--benchmarks", "sroie"], "add --data sroie=DIR"),
         (["--checkpoint", "{run}/checkpoints"], "which benchmarks? --benchmarks takes generated, "),
@@ -99,3 +111,35 @@ def test_errors_are_one_line(command, run, capsys, arguments, message):
         command([argument.format(run=run) for argument in arguments])
     assert stop.value.code in (1, 2)
     assert message.format(run=run) in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_cannot_be_used_is_one_line(command, run, capsys, monkeypatch):
+    def refuse(folder):
+        raise CheckpointError(f"{folder} is of another model")
+
+    monkeypatch.setitem(command.__globals__, "ParsitInference", refuse)
+    with pytest.raises(SystemExit) as stop:
+        command(["--checkpoint", str(run)])
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == f"error: {run} is of another model\n"
+
+
+def test_a_damaged_page_is_one_line_and_nothing_was_asked(command, run, tmp_path, capsys):
+    Image.new("L", (64, 64)).save(tmp_path / "7.png")
+    (tmp_path / "7.png").write_bytes((tmp_path / "7.png").read_bytes()[:60])
+    row = {"id": "7", "image": "7.png", "label": {"total": "9.00"}}
+    (tmp_path / "validation.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(SystemExit) as stop:
+        command(["--checkpoint", str(run), "--benchmarks", "generated", "sroie", "--data", f"sroie={tmp_path}"])
+    assert stop.value.code == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert str(tmp_path / "7.png") in line and "truncated or damaged" in line
+    assert not (run / "predictions").exists() and not (run / "results.json").exists()
+
+
+def test_results_outlive_a_report_that_cannot_be_written(command, run, capsys):
+    (run / "metrics.jsonl").write_text("not json\n")
+    with pytest.raises(SystemExit) as stop:
+        command(["--checkpoint", str(run), "--limit", "5"])
+    assert stop.value.code == 1 and results_of(run)["benchmarks"]["generated"]["examples"] == 5
+    assert "metrics.jsonl, line 1" in capsys.readouterr().err

@@ -1,3 +1,5 @@
+import base64
+import io
 import json
 from html.parser import HTMLParser
 
@@ -107,6 +109,18 @@ def test_report_beside_another_run(run, tmp_path):
         write_report(elsewhere, run)
     (run / "predictions").rename(elsewhere / "predictions")
     assert "tokens/s" in write_report(elsewhere, run).read_text(encoding="utf-8")
+
+
+def test_a_page_is_shown_as_the_model_saw_it(tmp_path, Oracle):
+    page = Image.new("RGBA", (6, 4), (0, 0, 0, 0))  # transparent: white to the model
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    page.save(tmp_path / "scan.png", exif=exif)
+    examples = [Example("a", "a", tmp_path / "scan.png", "?", ("1",))]
+    evaluate(Oracle(examples), {"tiny": examples}, output=tmp_path / "out")
+    (source,) = Page(write_report(tmp_path / "out").read_text(encoding="utf-8")).sources
+    with Image.open(io.BytesIO(base64.b64decode(source.removeprefix("data:image/png;base64,")))) as shown:
+        assert shown.size == (4, 6) and shown.convert("L").getextrema() == (255, 255)
 
 
 def test_few_pages_are_all_shown_and_large_ones_embedded_smaller(tmp_path, Oracle):

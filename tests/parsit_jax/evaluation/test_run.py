@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from parsit_jax.documents.images import ImageError
 from parsit_jax.evaluation.benchmarks import BenchmarkError, Example, load_benchmarks
 from parsit_jax.evaluation.run import evaluate
 
@@ -50,7 +51,8 @@ def test_scores_predictions_and_results(examples, tmp_path, Oracle):
     assert rows[1]["answers"] == ["12.00"] and rows[1]["groups"] == {"field": "total"}
     with Image.open(tmp_path / rows[1]["image"]) as saved:
         assert saved.tobytes() == examples[1].image.tobytes()
-    assert not list(tmp_path.rglob("*.partial"))
+    left = {path.name for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == {"results.json", "tiny.jsonl", "p0.png", "p1.png", "p2.png"}  # nothing unfinished
 
 
 def test_a_perfect_reader_of_generated_pages_scores_one_and_a_blind_one_near_zero(tmp_path, Oracle):
@@ -65,7 +67,9 @@ def test_a_perfect_reader_of_generated_pages_scores_one_and_a_blind_one_near_zer
 
 
 def test_blanked_pages_are_white_of_the_same_size_and_asked_once_per_question(tmp_path, Oracle):
-    Image.new("RGB", (9, 5)).save(tmp_path / "stored.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side: upright it is 9 wide
+    Image.new("RGB", (5, 9)).save(tmp_path / "stored.png", exif=exif)
     examples = [
         Example("a", "a", page(1), "total?", ("1",)),
         Example("b", "b", page(2), "total?", ("2",)),
@@ -115,6 +119,14 @@ def test_an_interrupted_evaluation_leaves_the_last_one_whole(examples, tmp_path,
     with pytest.raises(KeyboardInterrupt):
         evaluate(Interrupted(examples, blank="x"), {"tiny": examples}, output=tmp_path, batch_size=2)
     assert {path: path.read_bytes() for path in before} == before
+
+
+def test_bad_files_are_found_before_the_first_question(examples, tmp_path, Oracle):
+    (tmp_path / "scan.png").write_bytes(b"%PDF-1.7")
+    oracle, scanned = Oracle(examples), Example("a", "a", tmp_path / "scan.png", "total?", ("1",))
+    with pytest.raises(ImageError, match=r"scan\.png is a PDF"):
+        evaluate(oracle, {"tiny": examples, "scans": [scanned]}, output=tmp_path / "out")
+    assert not oracle.batches and not (tmp_path / "out").exists()
 
 
 def test_bad_input(examples, tmp_path, Oracle):
