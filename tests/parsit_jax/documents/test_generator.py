@@ -99,6 +99,18 @@ def test_held_out_fonts_are_of_other_families():
     assert len(layouts_of("receipts", Split.TRAIN)) >= 4
 
 
+@pytest.mark.parametrize(("split", "above"), [(Split.TRAIN, False), (Split.HELD_OUT, True)])
+def test_only_held_out_receipts_print_the_total_above_the_items(split, above):
+    for document in documents("receipts", split):
+        lines = [f" {line} " for line in document.transcription.split("\n")]
+        at = {
+            name: next(i for i, line in enumerate(lines) if f" {text} " in line)
+            for name, text in document.fields.items()
+        }
+        items = [place for name, place in at.items() if name.startswith("item ")]
+        assert items and all(place > at["total"] if above else place < at["total"] for place in items)
+
+
 def test_seen_layout_and_font_with_unseen_values():
     document = generate("receipts", 3, Split.HELD_OUT, layout="colon", font="Roboto-Regular")
     assert (document.layout, document.font) == ("colon", "Roboto-Regular")
