@@ -28,7 +28,7 @@ def _convert(options: argparse.Namespace) -> int:
     from vishwamai.convert.from_hf import from_hf
     from vishwamai.convert.to_hf import to_hf
 
-    logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax warns there of the options it was given
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs there what is reported below
     convert = {"from-hf": from_hf, "to-hf": to_hf}[options.direction]
     try:
         opened = convert(options.source, options.destination)
