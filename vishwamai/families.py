@@ -60,7 +60,11 @@ def get(name: str) -> Family:
     """The family called `name`. Raises ConfigError naming the nearest one."""
     if name not in _registered():
         near = difflib.get_close_matches(name, names(), 1)
-        hint = f"did you mean {near[0]}?" if near else f"registered: {', '.join(names())}"
+        hint = (
+            f"did you mean {near[0]}?"
+            if near
+            else f"registered: {', '.join(names()) or 'none, as the project is not installed'}"
+        )
         raise ConfigError(f"family: {name!r} is not a model family; {hint}")
     return _registered()[name].load()
 

@@ -76,7 +76,7 @@ def first_fit(lengths: Int[np.ndarray, "N 2"], capacity: Capacity) -> Int32[np.n
         raise ValueError(f"an example needs more than a row's {capacity.tokens} tokens and {capacity.patches} patches")
     row_of = np.zeros(len(lengths), np.int32)
     tokens, patches = np.full(len(lengths), capacity.tokens), np.full(len(lengths), capacity.patches)
-    least_tokens, least_patches = lengths.min(axis=0, initial=capacity.tokens)
+    least_tokens, least_patches = lengths.min(axis=0, initial=max(capacity.tokens, capacity.patches))
     first, rows = 0, 0  # rows before `first` are too full for anything
     for index, (need_tokens, need_patches) in enumerate(lengths):
         fits = (tokens[first:rows] >= need_tokens) & (patches[first:rows] >= need_patches)

@@ -33,7 +33,7 @@ class Plan:
     """Which examples share a row: row r holds `order[starts[r] : starts[r + 1]]`."""
 
     order: Int64[np.ndarray, " N"]
-    starts: Int64[np.ndarray, " R"]
+    starts: Int64[np.ndarray, " R+1"]
 
     def __len__(self) -> int:
         return len(self.starts) - 1

@@ -159,7 +159,7 @@ class Records(Sequence[Record]):
         return Record(data, f"{where} (id {data['id']})" if "id" in data else where, source.path, config)
 
 
-def _flattened(config: FilesConfig, schema: type[FilesConfig]) -> Iterator[FilesConfig]:
+def _flattened(config: FilesConfig, schema: type[FilesConfig], inside: tuple[str, ...] = ()) -> Iterator[FilesConfig]:
     """One entry per file: braces expanded, mixes read. Paths start from the working folder, as a config's."""
     said = config.model_fields_set - {"json_path"}
     shared = {name: getattr(config, name) for name in schema.model_fields if name in said}
@@ -167,6 +167,8 @@ def _flattened(config: FilesConfig, schema: type[FilesConfig]) -> Iterator[Files
         if Path(path).suffix not in (".yaml", ".yml"):
             yield schema.model_validate({**shared, "json_path": path})
             continue
+        if path in inside:
+            raise ConfigError(f"the mix {path} names itself: {' -> '.join([*inside, path])}")
         mix = read_yaml(path)
         if list(mix) != ["datasets"] or not isinstance(mix["datasets"], list):
             raise ConfigError(f"{path} has the keys {', '.join(map(str, mix))}, expected `datasets:` and a list")
@@ -174,7 +176,7 @@ def _flattened(config: FilesConfig, schema: type[FilesConfig]) -> Iterator[Files
             if not isinstance(entry, dict):
                 raise ConfigError(f"{path}: datasets.{number} is {_kind(entry)}, expected json_path and more")
             inner = validate(schema, {**shared, **entry}, f"{path}: datasets.{number}")
-            yield from _flattened(inner, schema)
+            yield from _flattened(inner, schema, (*inside, path))
 
 
 def _parsed(raw: bytes, path: Path, line: int | None = None) -> Any:

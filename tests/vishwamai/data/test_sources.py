@@ -118,6 +118,16 @@ def test_broken_mixes(tmp_path, text, message):
         ids(str(mix))
 
 
+def test_mixes_may_name_mixes_but_not_themselves(tmp_path):
+    inner, outer = tmp_path / "inner.yaml", tmp_path / "outer.yaml"
+    inner.write_text(f"datasets: [{{json_path: {write(tmp_path / 'a.json', 3)}, sampling_strategy: 'end:1'}}]")
+    outer.write_text(f"datasets: [{{json_path: {inner}}}, {{json_path: {inner}}}]")
+    assert ids(str(outer)) == [2, 2]
+    inner.write_text(f"datasets: [{{json_path: {outer}}}]")
+    with pytest.raises(ConfigError, match=r"outer\.yaml names itself: .*outer\.yaml -> .*inner\.yaml -> .*outer\.yaml"):
+        ids(str(outer))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
