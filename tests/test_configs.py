@@ -6,6 +6,7 @@ import pytest
 
 from vishwamai import experiment as experiments
 from vishwamai import families
+from vishwamai.config import ConfigError
 from vishwamai.tokenizer import VishwamAITokenizer
 from vishwamai.training.summary import dry_run
 
@@ -33,3 +34,10 @@ def test_parsit_tiny_uses_only_what_transformers_can_express():
     experiment = experiments.load(ROOT / "configs" / "parsit_tiny.yaml")
     layout = families.get("parsit").layout
     assert layout.unsupported(experiment.model, experiment.data) == []
+
+
+def test_rows_longer_than_the_models_context_are_refused():
+    path = ROOT / "configs" / "parsit_tiny.yaml"
+    experiments.load(path, ["data.max_length=1024"])
+    with pytest.raises(ConfigError, match=r"data.max_length=1025 .* max_position_embeddings=1024"):
+        experiments.load(path, ["data.max_length=1025"])

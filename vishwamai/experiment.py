@@ -120,7 +120,14 @@ def parse(tree: dict[str, Any], where: str) -> Experiment:
     """A validated experiment from a nested mapping."""
     if "family" not in tree:
         raise ConfigError(f"{where}: no `family`; registered: {', '.join(families.names())}")
-    return validate(schema(str(tree["family"])), tree, where)
+    experiment = validate(schema(str(tree["family"])), tree, where)
+    context = families.get(experiment.family).text_config(experiment.model).max_position_embeddings
+    if experiment.data.max_length > context:
+        raise ConfigError(
+            f"{where}: data.max_length={experiment.data.max_length} is longer than the model's context: lower it to "
+            f"model's max_position_embeddings={context}, or raise that"
+        )
+    return experiment
 
 
 def load(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Experiment:

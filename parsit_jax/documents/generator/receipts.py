@@ -75,7 +75,7 @@ def _draw_amounts(source: Source, count: int) -> _Amounts | None:
         if count > 1 and source.chance(0.5):  # the subtotal of one item would be its price once more
             sums["subtotal"] = goods
     if source.chance(0.5) or len(sums) + count < 3:
-        change = values.cents_beyond(source, total, 5, max(100, total // 2))
+        change = values.cents_beyond(source, total, 100, max(200, total // 2))
         if change is None:
             return None
         sums["cash"], sums["change"] = total + change, change
