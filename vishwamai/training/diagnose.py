@@ -22,7 +22,12 @@ def explain(trainer: Trainer, state: TrainState, batch: Batch, run_dir: Path) ->
     gradients, metrics = trainer.gradients(state, batch)
     loss = float(metrics["loss"][0]) / float(metrics["loss"][1])
     file = run_dir / f"failed_step_{step}.npz"
-    np.savez(file, **jax.tree.map(np.asarray, batch.as_dict()))
+    try:
+        np.savez(file, **jax.tree.map(np.asarray, batch.as_dict()))
+        saved = f"Its batch is in {file}."
+    except OSError as error:  # a full disk must not hide what went wrong
+        file.unlink(missing_ok=True)
+        saved = f"Its batch could not be saved in {file} ({error})."
     culprits = [*_culprits(state.parameters, "parameter"), *_culprits(gradients, "gradient")]
     if not culprits:
         value, largest = max((float(jnp.abs(x).max()), name) for name, x in _arrays(gradients))
@@ -30,7 +35,7 @@ def explain(trainer: Trainer, state: TrainState, batch: Batch, run_dir: Path) ->
     shown = "\n  ".join(culprits[:20]) + (f"\n  ... and {len(culprits) - 20} more" if len(culprits) > 20 else "")
     return NonFiniteGradients(
         f"step {step} has gradients that are not finite (loss {loss}); nothing was updated:\n  {shown}\n"
-        f"Its batch is in {file}. A lower optimizer.learning_rate, a longer optimizer.warmup_steps, "
+        f"{saved} A lower optimizer.learning_rate, a longer optimizer.warmup_steps, "
         "training.z_loss or training.dtype=float32 may help; a wrong weight or pixel would stand in the batch"
     )
 

@@ -69,8 +69,7 @@ def train(
                 return
             metrics = scalars(jax.device_get(taken.metrics))
             if not metrics.pop("healthy"):
-                culprit = source.batch(int(state.step))
-                raise explain(trainer, state, jax.device_put(culprit, rows), run_dir)
+                raise explain(trainer, state, jax.device_put(taken.batch, rows), run_dir)
             clock.count(taken.batch)
             if taken.step % experiment.logging.every == 0 or taken.step == steps:
                 line = {"step": taken.step, "loss": metrics.pop("loss")} | clock.read(taken.batch) | metrics
@@ -84,12 +83,14 @@ def train(
             state, metrics = trainer.step(state, jax.device_put(batch, rows))
             settle()  # of the step before, while the device works on this one
             taken = _Taken(step, batch, metrics)
-            if stop.by or step == steps or step % experiment.checkpoint.every == 0:
+            # Asked once: a signal that comes after this finds the next step.
+            last = step == steps or stop.by is not None
+            if last or step % experiment.checkpoint.every == 0:
                 settle()  # only a state that is known to be healthy is saved
                 taken = None
                 checkpoints.save(step, state)
             checkpoints.check()
-            if stop.by:
+            if last:
                 break
         checkpoints.wait()
     return state, stop.by

@@ -1,14 +1,19 @@
 """metrics.jsonl and TensorBoard: each step stands there once, however often the run was stopped."""
 
+import contextlib
 import json
+import time
 from pathlib import Path
 from typing import Any, Self
 
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 from vishwamai.training.run import write_text
 
 FILE = "metrics.jsonl"
+SECONDS_BETWEEN_FLUSHES = 10.0  # of the TensorBoard file: each waits for the disk
 
 
 def scalars(metrics: dict[str, Any]) -> dict[str, float]:
@@ -38,25 +43,53 @@ class MetricsWriter:
     """Appends lines to metrics.jsonl, and scalars to TensorBoard files beside it. Use as a context manager."""
 
     def __init__(self, run_dir: Path, start: int, tensorboard: bool):
+        self._run_dir = run_dir
         cut_back(run_dir / FILE, start)
         self._file = (run_dir / FILE).open("a", encoding="utf-8")
-        # purge_step hides what an interrupted run wrote beyond the step that it resumes from.
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1) if tensorboard else None
+        self._board = _Board(run_dir / "tensorboard", start) if tensorboard else None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *error) -> None:
-        self._file.close()
-        if self._board:
-            self._board.close()
+        for file in (self._file, self._board):
+            if file:
+                with contextlib.suppress(OSError):  # every line has been flushed by `write`, or it has raised
+                    file.close()
 
     def write(self, line: dict[str, float]) -> None:
-        """One object per line; NaN and infinity as null, which JSON has no numbers for."""
+        """One object per line; NaN and infinity as null, which JSON has no numbers for. Raises OSError."""
         finite = {name: value if abs(value) < float("inf") else None for name, value in line.items()}
-        self._file.write(json.dumps(finite) + "\n")
-        self._file.flush()
-        if self._board:
-            for name, value in line.items():
-                if name != "step":
-                    self._board.add_scalar(name, value, int(line["step"]))
+        try:
+            self._file.write(json.dumps(finite) + "\n")
+            self._file.flush()
+            if self._board:
+                self._board.write(line)
+        except OSError as error:
+            why = f"metrics can't be written ({error.strerror}): make room, then the same command resumes"
+            raise OSError(error.errno, why, str(self._run_dir)) from error
+
+
+class _Board:
+    """TensorBoard's event file.
+
+    tensorboardX's own SummaryWriter writes in a thread; once a full disk has ended that thread, the next calls wait
+    for ever.
+    """
+
+    def __init__(self, folder: Path, start: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._events = EventsWriter(str(folder / "events"))
+        # Hides what an interrupted run wrote beyond the step that it resumes from.
+        self._events.write_event(Event(step=start + 1, session_log=SessionLog(status=SessionLog.START)))
+        self._flushed = 0.0
+
+    def write(self, line: dict[str, float]) -> None:
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in line.items() if name != "step"]
+        self._events.write_event(Event(wall_time=time.time(), step=int(line["step"]), summary=Summary(value=values)))
+        if time.monotonic() - self._flushed >= SECONDS_BETWEEN_FLUSHES:
+            self._events.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        self._events.close()

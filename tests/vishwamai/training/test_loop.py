@@ -3,17 +3,21 @@
 import json
 import os
 import signal
+import struct
 from dataclasses import dataclass, field, replace
 
 import jax
 import numpy as np
 import pytest
 from numpy.testing import assert_array_equal
+from tensorboardX.proto.event_pb2 import Event
 
 from vishwamai import checkpoint
-from vishwamai.checkpoint import CheckpointError
+from vishwamai.checkpoint import CheckpointError, Checkpoints
+from vishwamai.training import loop
 from vishwamai.training.diagnose import NonFiniteGradients, explain
 from vishwamai.training.metrics import MetricsWriter, cut_back
+from vishwamai.training.throughput import flops_per_step
 
 SECTIONS = {"training": {"steps": 9}, "checkpoint": {"every": 4}}
 
@@ -99,6 +103,32 @@ def test_a_signal_saves_and_stops(run, source, uninterrupted, tmp_path, number):
     assert signal.getsignal(number) == usual
     *_, lines = run(source, **SECTIONS)
     assert numbers(lines) == numbers(uninterrupted)
+
+
+def test_a_signal_that_comes_late_in_a_step_loses_none(run, source, tmp_path, monkeypatch):
+    """After it was decided whether to save: the next step is the last."""
+    check, steps = Checkpoints.check, []
+
+    def interrupt(checkpoints):
+        check(checkpoints)
+        steps.append(None)
+        if len(steps) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Checkpoints, "check", interrupt)
+    state, stopped, lines = run(source, **SECTIONS)
+    assert stopped == signal.SIGTERM
+    assert checkpoint.latest_step(tmp_path / "run") == int(state.step) == lines[-1]["step"] == 6
+
+
+def test_mfu_where_the_peak_is_known(run, source, tiny, trainer_for, monkeypatch):
+    monkeypatch.setattr(loop, "peak_flops", lambda device: 1e12)
+    sections = {"mesh": {"data": 2}, "training": {"steps": 2}}
+    *_, lines = run(source, **sections)
+    flops = flops_per_step(trainer_for(**sections).abstract, tiny().model, source.batch(0))
+    assert len(lines) == 2
+    for line in lines:
+        assert line["mfu"] * line["seconds"] == pytest.approx(flops / 2e12)  # two devices
 
 
 def test_a_finished_run_goes_on_with_more_steps(run, source, tmp_path):
@@ -188,4 +218,41 @@ def test_metrics_are_json_and_tensorboard(tmp_path):
         json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
     ]
     assert lines == [{"step": 1, "loss": 2.5, "grad_norm": None}, {"step": 2, "loss": None}]
-    assert list((tmp_path / "tensorboard").glob("events*"))
+    assert list(events(tmp_path / "tensorboard")) == [
+        (1, {}),  # a run that starts here: what lies beyond is hidden
+        (1, {"loss": 2.5, "grad_norm": float("inf")}),
+        (2, {"loss": pytest.approx(float("nan"), nan_ok=True)}),
+    ]
+
+
+def events(folder):
+    """(step, scalars) of each event: a length, its checksum, the message, its checksum."""
+    (path,) = folder.glob("events.out.tfevents.*")
+    raw, at = path.read_bytes(), 0
+    while at < len(raw):
+        (size,) = struct.unpack_from("Q", raw, at)
+        event = Event.FromString(raw[at + 12 : at + 12 + size])
+        at += size + 16
+        if not event.file_version:
+            yield event.step, {value.tag: value.simple_value for value in event.summary.value}
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+@pytest.mark.timeout(30)
+def test_a_full_disk_stops_the_metrics_with_a_message(tmp_path):
+    with pytest.raises(OSError, match="metrics can't be written .No space left.*same command resumes") as error:
+        with MetricsWriter(tmp_path, 0, tensorboard=True) as writer:
+            writer._file = open("/dev/full", "w")
+            writer.write({"step": 1, "loss": 2.5})
+    assert error.value.filename == str(tmp_path)
+
+
+def test_a_full_disk_does_not_hide_the_culprit(trainer_for, source, tmp_path, monkeypatch):
+    def full(file, **arrays):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    trainer = trainer_for()
+    message = str(explain(trainer, trainer.initial(), poison(source.batch(0)), tmp_path))
+    assert "gradient layers.self_attn.q_proj.kernel: 3,072 NaN" in message
+    assert "could not be saved in" in message and "No space left" in message
