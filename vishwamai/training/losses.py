@@ -20,8 +20,9 @@ def next_token_loss(
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Summed weighted cross-entropy (not divided: the caller knows the weight of the whole batch) and metric sums.
 
-    `model.unembed` is applied to `chunk` positions of every row at a time and again in the backward pass. `z_loss`
-    adds z_loss * log(Z)^2 per weighted token (Chowdhery et al. 2022). Returns (loss sum, {name: sum}).
+    `model.unembed` is applied to at most `chunk` positions of every row at a time, and to at most half of them, and
+    again in the backward pass. `z_loss` adds z_loss * log(Z)^2 per weighted token (Chowdhery et al. 2022). Returns
+    (loss sum, {name: sum}).
     """
     targets = jnp.pad(batch.tokens[:, 1:], ((0, 0), (0, 1)))
     weights = loss_weights(batch)
@@ -41,7 +42,8 @@ def next_token_loss(
         }, None
 
     length = hidden.shape[1]
-    chunk = min(chunk, length)
+    # Chunks as even as they can be, which pads least; at least two, so that no logits are those of whole rows.
+    chunk = -(-length // max(2, -(-length // chunk)))
     padding = -length % chunk
 
     def split(x):

@@ -3,7 +3,6 @@
 import fnmatch
 
 import jax
-import jax.numpy as jnp
 import optax
 from flax import nnx
 
@@ -74,8 +73,3 @@ def make_optimizer(config: OptimizerConfig, steps: int, trainable: nnx.State) ->
         optax.scale_by_learning_rate(learning_rate(config, steps)),
         optax.stateless(lambda updates, _: jax.tree.map(lambda u, s: u * s, updates, by_path)),
     )
-
-
-def all_finite(tree) -> jax.Array:
-    """Whether every number of a tree is finite."""
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))

@@ -1,5 +1,6 @@
 """The train step: a pure function (state, batch) -> (state, metrics), jitted once with donated state."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -88,7 +89,8 @@ def make_trainer(experiment: Experiment, build: Callable[..., nnx.Module], mesh:
 
     def gradients(state: TrainState, batch: Batch):
         """Mean gradients over all weighted tokens of the batch, and metrics as (sum, count) pairs."""
-        total_weight = jnp.maximum(jnp.sum(loss_weights(batch)), 1.0)
+        total_weight = jnp.sum(loss_weights(batch))
+        total_weight = jnp.where(total_weight == 0, 1.0, total_weight)  # a batch that trains nothing has loss 0
         value_and_gradient = jax.value_and_grad(loss, has_aux=True)
 
         def one(micro_batch):
@@ -151,14 +153,9 @@ def state_shardings(abstract: TrainState, mesh: Mesh) -> TrainState:
 
 
 def _with_mesh(mesh: Mesh, function: Callable) -> Callable:
+    @functools.wraps(function)
     def call(*args):
         with jax.set_mesh(mesh):
             return function(*args)
 
-    call.lower = lambda *args: _lower(mesh, function, args)
     return call
-
-
-def _lower(mesh: Mesh, function, args):
-    with jax.set_mesh(mesh):
-        return function.lower(*args)

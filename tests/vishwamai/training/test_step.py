@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jaxprs import array_sizes
 from numpy.testing import assert_allclose, assert_array_equal
 
 from vishwamai.config import ConfigError
@@ -76,6 +77,17 @@ def test_meshes_give_the_same_losses(trainer_for, source, on_one_device, mesh):
         kernel.addressable_shards[0].data.size * trainer.mesh.shape["fsdp"] * trainer.mesh.shape["tensor"]
         == kernel.size
     )
+
+
+@pytest.mark.parametrize(
+    "training", [{}, {"loss_chunk": 512}, {"gradient_accumulation": 2}, {"remat": "full"}], ids=str
+)
+def test_no_step_makes_the_logits_of_a_whole_batch(trainer_for, source, training):
+    trainer = trainer_for(model={"vocab_size": 4096}, training=training)
+    with jax.set_mesh(trainer.mesh):
+        jaxpr = jax.make_jaxpr(trainer.step.__wrapped__)(trainer.abstract, source.batch(0)).jaxpr
+    of_a_micro_batch = 8 // training.get("gradient_accumulation", 1) * 21 * 4096
+    assert 4096 * 32 <= max(array_sizes(jaxpr)) < 0.6 * of_a_micro_batch
 
 
 def test_accumulation_on_a_mesh(trainer_for, source, on_one_device):
