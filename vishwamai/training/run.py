@@ -1,7 +1,9 @@
 """The folder of a run: its resolved config, its tokenizer, and whether it may be resumed."""
 
 import os
+import shutil
 from pathlib import Path
+from typing import Any
 
 from flax import nnx
 
@@ -40,11 +42,14 @@ def saved_step(experiment: Experiment) -> int:
 
 
 def create_run(experiment: Experiment, tokenizer: VishwamAITokenizer) -> None:
-    """Writes the resolved config and, into a new run, the tokenizer's files as they are."""
+    """Writes the resolved config and, unless the run reads its own already, the tokenizer's files as they are."""
     folder = Path(experiment.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     own, unfinished = folder / TOKENIZER, folder / f".{TOKENIZER}"
-    if not own.is_dir():
+    if tokenizer.folder.resolve() != own.resolve():
+        # What lies there is of a run that stopped before its first checkpoint, maybe with another tokenizer.
+        for old in (unfinished, own):
+            shutil.rmtree(old, ignore_errors=True)
         tokenizer.save_pretrained(unfinished)
         unfinished.rename(own)
     write_text(folder / CONFIG, dump_yaml(experiment))
@@ -54,8 +59,9 @@ def initial_state(trainer: Trainer, experiment: Experiment, family: Family) -> T
     """What a new run starts from: random weights by the seed, and those that `init_from` names in their place."""
     if experiment.init_from is None:
         return trainer.initial()
-    given = nnx.to_flat_state(load_parameters(experiment.init_from, family, experiment.model))
-    parameters = dict(nnx.to_flat_state(trainer.initial().parameters)) | dict(given)
+    parameters = dict(nnx.to_flat_state(load_parameters(experiment.init_from, family, experiment.model)))
+    if parameters.keys() != dict(nnx.to_flat_state(trainer.abstract.parameters)).keys():
+        parameters = dict(nnx.to_flat_state(trainer.initial().parameters)) | parameters
     return trainer.from_parameters(nnx.from_flat_state(list(parameters.items())))
 
 
@@ -88,7 +94,9 @@ def write_text(path: Path, text: str) -> None:
     unfinished.replace(path)
 
 
-def _at(tree: dict, key: str):
-    for part in key.split("."):
-        tree = tree.get(part) if isinstance(tree, dict) else None
-    return tree
+def _at(tree: Any, key: str) -> Any:
+    """The value at a dotted key whose last part may hold dots itself (a glob of learning_rate_scales)."""
+    if not isinstance(tree, dict):
+        return None
+    first, _, rest = key.partition(".")
+    return tree.get(key) if key in tree or not rest else _at(tree.get(first), rest)

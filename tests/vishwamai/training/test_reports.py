@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from vishwamai import families
+from vishwamai import experiment, families
+from vishwamai.config import describe
 from vishwamai.models.qwen3 import FAMILY
 from vishwamai.tiny_tokenizer import ALPHABET, build_tiny_tokenizer
 from vishwamai.tokenizer import VishwamAITokenizer
@@ -89,6 +90,9 @@ def test_help_lists_every_field():
     text = field_table()
     for family in families.names():
         assert f"Fields of `family: {family}`" in text
+        for key, _, default, meaning in describe(experiment.schema(family)):
+            (line,) = [line for line in field_table(family).splitlines() if line.split()[:1] == [key]]
+            assert meaning and meaning in line and f"[{default}]" in line
     assert "optimizer.learning_rate " in text and "[0.0003]" in text and "peak learning rate" in text
     one = field_table("qwen3")
     assert "model.rope_theta" in one and "data.max_length" in one and "family: siglip" not in one
