@@ -115,6 +115,30 @@ def test_an_unfinished_save_is_ignored_with_a_message(tmp_path, trainer_for, cap
     assert "4.orbax-checkpoint-tmp was never finished" in caplog.text
 
 
+def test_a_copy_that_was_cut_off_is_set_aside(tmp_path, trainer_for, caplog):
+    """Orbax counts a folder without its mark as a step, and would skip every save up to it."""
+    trainer = trainer_for()
+    initial = saved(tmp_path, trainer, 2, 4)
+    folder = tmp_path / "checkpoints"
+    (folder / "4" / "_CHECKPOINT_METADATA").unlink()
+    with open_checkpoints(tmp_path, trainer) as checkpoints:
+        restored = checkpoints.restore()
+        assert_same(restored.parameters, different(initial, 2).parameters)
+        checkpoints.save(3, restored)
+        checkpoints.save(4, restored)
+    assert "checkpoint 4 cannot be read" in caplog.text and (folder / "4.damaged").is_dir()
+    assert checkpoint.steps(tmp_path) == [3, 4]
+
+
+def test_a_save_that_would_be_skipped_is_an_error(tmp_path, trainer_for):
+    trainer = trainer_for()
+    state = saved(tmp_path, trainer, 2, 4)
+    with open_checkpoints(tmp_path, trainer) as checkpoints, pytest.raises(CheckpointError, match="step 3 does not"):
+        checkpoints.save(3, state)
+    with pytest.raises(CheckpointError, match="step 0 does not come after"):
+        checkpoint.save_parameters(tmp_path, state.parameters)
+
+
 @pytest.mark.parametrize("damage", ["arrays", "metadata", "about"])
 def test_a_damaged_checkpoint_is_set_aside(tmp_path, trainer_for, caplog, damage):
     trainer = trainer_for()

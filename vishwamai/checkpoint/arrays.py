@@ -84,11 +84,13 @@ def open_manager(folder: Path, **options) -> ocp.CheckpointManager:
 
 
 def save(manager: ocp.CheckpointManager, step: int, items: dict[str, Arrays]) -> None:
-    """Starts to write a checkpoint."""
+    """Starts to write a checkpoint. Raises CheckpointError for a step that is not the newest, and what Orbax raises."""
     # A batch is a function of its number, and nothing else is drawn at random: the step is the whole data position.
     about = {"format_version": FORMAT_VERSION, "step": step, "data": {"next_batch": step}}
     saved = {name: ocp.args.StandardSave(arrays) for name, arrays in items.items()}
-    manager.save(step, args=ocp.args.Composite(about=ocp.args.JsonSave(about), **saved))
+    if not manager.save(step, args=ocp.args.Composite(about=ocp.args.JsonSave(about), **saved)):
+        # Orbax has skipped it in silence.
+        raise CheckpointError(f"step {step} does not come after the checkpoints that are there: {manager.all_steps()}")
 
 
 def load(manager: ocp.CheckpointManager, folder: Path, step: int, abstract: dict, shardings: dict) -> dict:

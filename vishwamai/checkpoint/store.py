@@ -9,7 +9,18 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from vishwamai.checkpoint.arrays import FOLDER, Arrays, CheckpointError, Damaged, brief, load, open_manager, save, steps
+from vishwamai.checkpoint.arrays import (
+    COMMITTED,
+    FOLDER,
+    Arrays,
+    CheckpointError,
+    Damaged,
+    brief,
+    load,
+    open_manager,
+    save,
+    steps,
+)
 from vishwamai.checkpoint.layers import stack, unstack, unstacked_shardings
 from vishwamai.training.step import TrainState
 
@@ -29,6 +40,10 @@ class Checkpoints:
         for unfinished in sorted(self.folder.glob("*.orbax-checkpoint-tmp*")):
             log.warning("%s was never finished (the run was stopped while saving): ignored", unfinished)
             shutil.rmtree(unfinished)
+        for folder in sorted(self.folder.glob("*")):
+            # Orbax would count it, and skip every save up to its step.
+            if folder.name.isdigit() and int(folder.name) not in steps(self.run_dir):
+                self._set_aside(int(folder.name), f"it has no {COMMITTED}: a copy that was cut off?")
         self._abstract = jax.eval_shape(_items, abstract)
         self._shardings = {
             "parameters": unstacked_shardings(abstract.trainable, shardings.trainable)
@@ -89,11 +104,7 @@ class Checkpoints:
             try:
                 items = load(self._manager, self.folder, step, self._abstract, self._shardings)
             except Damaged as problem:
-                aside = self.folder / f"{step}.damaged"
-                shutil.rmtree(aside, ignore_errors=True)
-                (self.folder / str(step)).rename(aside)
-                damaged.append(aside)
-                log.warning("checkpoint %d cannot be read (%s): set aside as %s", step, problem, aside)
+                damaged.append(self._set_aside(step, problem))
                 self._manager.reload()
                 continue
             return self._state(items, jnp.int32(step))
@@ -103,6 +114,13 @@ class Checkpoints:
                 f"{', '.join(path.name for path in damaged)}. Run the same command again to start over"
             )
         return None
+
+    def _set_aside(self, step: int, problem: object) -> Path:
+        aside = self.folder / f"{step}.damaged"
+        shutil.rmtree(aside, ignore_errors=True)
+        (self.folder / str(step)).rename(aside)
+        log.warning("checkpoint %d cannot be read (%s): set aside as %s", step, problem, aside)
+        return aside
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
@@ -114,8 +132,8 @@ class Checkpoints:
                 shutil.rmtree(unfinished, ignore_errors=True)
             kept = f"checkpoint {self.latest} is complete" if self.latest is not None else "there is none before it"
             raise CheckpointError(
-                f"checkpoint {step} could not be written to {self.folder}: {brief(error)}\n{kept}; make room "
-                f"({_free(self.folder)} are free), then run the same command again"
+                f"checkpoint {step} could not be written to {self.folder}: {brief(error)}\n{kept}; make room if "
+                f"that is why ({_free(self.folder)} are free), then run the same command again"
             ) from error
 
 
