@@ -1,5 +1,6 @@
 """Logical axes -> mesh axes, in one table. A change of parallelism is a change of config, never of a model."""
 
+import functools
 import logging
 
 import jax
@@ -31,10 +32,15 @@ def spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> Pa
         target = RULES[name] if name is not None else None
         ways = _ways(target, mesh)
         if ways > 1 and size % ways:
-            log.warning("a dimension %r of size %d is not split: %d devices do not divide it", name, size, ways)
+            _warn_once(f"a dimension {name!r} of size {size} is not split: {ways} devices do not divide it")
             target = None
         entries.append(target)
     return PartitionSpec(*entries)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    log.warning(message)
 
 
 def parameter_shardings(state: nnx.State, mesh: Mesh) -> nnx.State:
