@@ -65,6 +65,8 @@ def _read_part(
         if alone:
             kind = families.get(alone).model_config
             _same_architecture(opened, _section(opened.config, kind), _section(config, kind), where)
+        else:
+            _same_parameters(opened, part, rows, where)
         return _read(opened, rows, abstract)
     if not alone:
         raise ConfigError(f"{where}: {opened.folder} holds a {opened.family.name}, expected a {family.name}")
@@ -98,6 +100,19 @@ def _read(opened: Source, rows: list[Row], abstract: nnx.State) -> list[Paramete
 def _same_family(opened: Source, name: str, where: str) -> None:
     if opened.family.name != name:
         raise ConfigError(f"{where}: {opened.folder} holds a {opened.family.name}, expected a {name}")
+
+
+def _same_parameters(opened: Source, part: str, rows: list[Row], where: str) -> None:
+    """Raises ConfigError where a part has parameters or layers that the config's doesn't have, or the other way."""
+    own = [row for row in opened.family.layout.rows(opened.config) if row.ours[0].startswith(f"{part}.")]
+    theirs, ours = ({name: row.layers or 1 for row in table for name in row.ours} for table in (own, rows))
+    lines = [
+        f"  {name}: the weights have {theirs.get(name, 0)}, the config makes it {ours.get(name, 0)}"
+        for name in theirs | ours
+        if theirs.get(name) != ours.get(name)
+    ]
+    if lines:
+        raise ConfigError(f"{where}: {opened.folder} has not as many of each parameter:\n" + "\n".join(lines))
 
 
 def _same_architecture(opened: Source, theirs: Config, ours: Config, where: str) -> None:

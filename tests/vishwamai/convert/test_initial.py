@@ -71,6 +71,16 @@ def test_parts_out_of_a_whole_model(tmp_path):
         load_parameters({"language_model": tmp_path / "run"}, PARSIT, wider)
 
 
+def test_a_part_is_taken_whole_or_not_at_all(tmp_path):
+    make_run(tmp_path / "run", "parsit", model_config("parsit", projector="mlp3x_gelu"))
+    with pytest.raises(ConfigError, match="projector.linear_3.kernel: the weights have 1, the config makes it 0"):
+        load_parameters({"multi_modal_projector": tmp_path / "run"}, PARSIT, model_config("parsit"))
+    make_run(tmp_path / "text", "qwen3")
+    shallow = model_config("qwen3", num_hidden_layers=1)
+    with pytest.raises(ConfigError, match="layers.{layer}.mlp.*: the weights have 2, the config makes it 1"):
+        load_parameters({"layers": tmp_path / "text"}, families.get("qwen3"), shallow)
+
+
 def test_a_head_that_the_config_does_not_carry_is_left_behind(tmp_path):
     write_folder(tmp_path, "siglip")
     config = model_config("parsit", vision={**MODELS["parsit"]["vision"], "vision_use_head": False})
