@@ -1,4 +1,4 @@
-"""What is asked of a page where the user gave no question: the same words in training and in use."""
+"""What is asked of a page where the user gave no question."""
 
-READ_PAGE = "Read the page."
+READ_PAGE = "Read the page."  # transcriptions are trained on the same words
 ANALYZE = "Describe the page: what kind of document it is, how it is laid out, and the key information in it."
