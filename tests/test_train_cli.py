@@ -89,7 +89,7 @@ def test_train_resume_finish(config, tmp_path, capsys):
 
 def test_a_run_starts_from_another(config, tmp_path):
     run(config, "training.steps=2")
-    start = ["training.steps=1", f"run_dir={tmp_path}/second", "optimizer.learning_rate=1e-9"]
+    start = ["training.steps=1", f"run_dir={tmp_path}/second", "optimizer.learning_rate=1e-9", "mesh.fsdp=2"]
     run(config, *start, f"init_from={tmp_path}/run", "seed=5")
     assert abs(metrics(tmp_path / "second")[0][1] - metrics(tmp_path / "run")[1][1]) < 0.05
     from_scratch = [f"run_dir={tmp_path}/third", "training.steps=1", "seed=5"]
@@ -135,11 +135,11 @@ def test_a_config_that_cannot_be_used_leaves_no_run(config, tmp_path):
     assert not (tmp_path / "run" / "config.yaml").exists()
 
 
-def start(config, *arguments, code=None):
+def start(config, *arguments, code=None, platforms="cpu"):
     """`python train.py` in a process of its own, with the compiled programs of the test suite."""
     command = [sys.executable, "train.py"] if code is None else [sys.executable, "-c", code]
     cache = {"JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir}
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | cache
+    environment = os.environ | {"JAX_PLATFORMS": platforms, "PYTHONPATH": str(ROOT)} | cache
     return subprocess.Popen(
         [*command, "--config", str(config), *arguments],
         cwd=ROOT,
@@ -160,6 +160,25 @@ def test_errors_and_exit_codes(config):
     text = finish(start(config, "training.step=5"), code=2)
     assert "error: " in text and "training.step is not a key; did you mean training.steps" in text
     assert "Traceback" not in text
+
+
+def test_a_dry_run_starts_no_backend(tmp_path):
+    """Nothing can be allocated where JAX has no device at all."""
+    nowhere = ["tokenizer=nowhere", "init_from=none/x", f"run_dir={tmp_path}/run", "mesh.fsdp=4"]
+    text = finish(start(ROOT / "configs" / "parsit_tiny.yaml", "--dry-run", *nowhere, platforms="no_such_platform"))
+    assert "dry run: nothing was allocated" in text and "vision_tower" in text
+    assert "backend" in finish(start(tmp_path, code=ANY_ARRAY, platforms="no_such_platform"), code=1)
+
+
+ANY_ARRAY = "import jax.numpy; jax.numpy.zeros(1)"
+
+
+@pytest.mark.slow
+def test_nan_ends_the_process_with_the_culprit(config, tmp_path):
+    text = finish(start(config, "optimizer.learning_rate=1e30"), code=1)
+    (batch,) = (tmp_path / "run").glob("failed_step_*.npz")
+    assert "has gradients that are not finite" in text and "NaN" in text and str(batch) in text
+    assert "Traceback" not in text and checkpoint.steps(tmp_path / "run") == []
 
 
 LONG = ("training.steps=400", "checkpoint.every=60")  # some seconds of small steps
