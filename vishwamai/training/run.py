@@ -66,9 +66,15 @@ def initial_state(trainer: Trainer, experiment: Experiment, family: Family) -> T
 
 
 def load_config(run_dir: str | Path) -> Experiment:
-    """The resolved config of a run. Raises ConfigError where there is none."""
+    """The resolved config of a run. Raises ConfigError where there is none, or one of weights that were converted."""
     path = Path(run_dir) / CONFIG
-    return experiments.parse(read_yaml(path), str(path))
+    tree = read_yaml(path)
+    if "training" not in tree:
+        raise ConfigError(
+            f"{run_dir} holds converted weights, no run that could be resumed: name another run_dir, "
+            f"and start from these with init_from={run_dir}"
+        )
+    return experiments.parse(tree, str(path))
 
 
 def open_tokenizer(experiment: Experiment) -> VishwamAITokenizer:

@@ -69,3 +69,10 @@ def test_a_changed_config_is_told_key_by_key(experiment, tmp_path):
         "optimizer.learning_rate_scales.layers.*: 0.1 -> 0.5",
         "optimizer.learning_rate_scales.norm.*: None -> 2.0",
     ]
+
+
+def test_converted_weights_are_no_run_to_resume(experiment, tmp_path):
+    finish_step(tmp_path / "run", 0)
+    (tmp_path / "run" / "config.yaml").write_text("{family: qwen3, model: {}}")
+    with pytest.raises(ConfigError, match="converted weights.*init_from="):
+        saved_step(experiment())
