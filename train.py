@@ -89,6 +89,7 @@ if __name__ == "__main__":
     logging.basicConfig(format="%(message)s", force=True)
     for package in ("vishwamai", "parsit_jax", "kernels"):
         logging.getLogger(package).setLevel(logging.INFO)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs there, with a traceback, what is told below
     try:
         code = main(sys.argv[1:])
     except (ConfigError, DataError, CheckpointError, NonFiniteGradients, OSError) as error:

@@ -1,6 +1,7 @@
 """What all tests share: 8 simulated CPU devices, compiled programs kept between runs, and the folder of real data."""
 
 import os
+import subprocess
 from pathlib import Path
 
 import jax
@@ -25,3 +26,15 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs the real data in {folder.parent.name}/{folder.name} beside the repository")
     return folder
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 3 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], capture_output=True)
+    if made.returncode:
+        pytest.skip("needs the right to mount a small file system")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)

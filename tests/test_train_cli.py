@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -181,6 +182,7 @@ def test_nan_ends_the_process_with_the_culprit(config, tmp_path):
     assert "Traceback" not in text and checkpoint.steps(tmp_path / "run") == []
 
 
+ROOM_FOR_ONE_CHECKPOINT = 900_000
 LONG = ("training.steps=400", "checkpoint.every=60")  # some seconds of small steps
 
 
@@ -239,6 +241,19 @@ def test_kill_in_the_middle_of_a_save(config, tmp_path, uninterrupted, step):
     assert checkpoint.steps(tmp_path / "run") == [4][: step // 4 - 1]
     assert f"{step}.orbax-checkpoint-tmp was never finished" in finish(start(config))
     assert metrics(tmp_path / "run") == uninterrupted()
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_told_and_nothing_is_lost(config, small_disk, uninterrupted):
+    arguments = (f"run_dir={small_disk}/run", "logging.tensorboard=true")
+    filler = small_disk / "filler"
+    filler.write_bytes(bytes(int(shutil.disk_usage(small_disk).free - ROOM_FOR_ONE_CHECKPOINT)))
+    text = finish(start(config, *arguments), code=1)
+    assert "error: checkpoint 8 could not be written" in text and "no space left" in text
+    assert "checkpoint 4 is complete" in text and "Traceback" not in text
+    filler.unlink()
+    assert "resuming" in finish(start(config, *arguments))
+    assert metrics(small_disk / "run") == uninterrupted()
 
 
 @pytest.mark.slow

@@ -3,7 +3,6 @@
 import errno
 import json
 import shutil
-import subprocess
 from dataclasses import replace
 
 import jax
@@ -219,18 +218,6 @@ def test_a_failing_disk_leaves_the_checkpoint_before_it(tmp_path, trainer_for, m
         monkeypatch.undo()
         checkpoints.save(3, state)
     assert checkpoint.steps(tmp_path) == [1, 3]
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 3 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], capture_output=True)
-    if made.returncode:
-        pytest.skip("needs the right to mount a small file system")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
 
 
 def test_a_full_disk_leaves_the_checkpoint_before_it(trainer_for, small_disk):
