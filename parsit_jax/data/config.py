@@ -20,6 +20,7 @@ class Task(StrEnum):
 
     QUESTIONS = "questions"  # its fields, one turn each
     TRANSCRIBE = "transcribe"  # all that is printed
+    CONTINUE = "continue"  # its lines in random order: given the beginning, what follows
 
 
 class PageFiles(FilesConfig):
@@ -33,7 +34,9 @@ class DatasetConfig(PageFiles):
 
     json_path: str | None = Field(None, description=FilesConfig.model_fields["json_path"].description)
     generated: str | None = Field(None, description=f"instead of files: pages to draw: {', '.join(KINDS)}")
-    task: Task = Field(Task.QUESTIONS, description="of a drawn page: questions about its fields, or transcribe")
+    task: Task = Field(
+        Task.QUESTIONS, description="of a drawn page: questions about its fields, transcribe, or continue (lines)"
+    )
     max_questions: int | None = Field(None, gt=0, description="questions about a drawn page; null: all that fit")
     skip_blank_patches: bool = Field(
         False,

@@ -11,7 +11,7 @@ import numpy as np
 from parsit_jax import prompts
 from parsit_jax.data.config import DatasetConfig, Task
 from parsit_jax.data.examples import Encoder
-from parsit_jax.documents.generator import Document, Split, generate
+from parsit_jax.documents.generator import Document, Question, Split, generate
 from parsit_jax.documents.patches import inked
 from vishwamai.chat import Message
 from vishwamai.data.packing import Capacity, Example
@@ -101,17 +101,28 @@ def _tell_of_skipping(kind: str, tokens: int, patches: int) -> None:
 
 def conversations(document: Document, config: DatasetConfig) -> Iterator[list[Message]]:
     """What may be said about a page, the longest first: its questions in random order, ever fewer."""
-    if config.task is Task.TRANSCRIBE:
+    rng = np.random.default_rng([zlib.crc32(document.transcription.encode())])
+    known = lines_to_continue(document, rng) if config.task is Task.CONTINUE else document.questions
+    if config.task is Task.QUESTIONS and not known:
+        raise DataError(f"{document.kind} have no questions: set task: transcribe or continue")
+    if config.task is Task.TRANSCRIBE or not known:  # a page of single words has no line to continue
         yield dialogue([(prompts.READ_PAGE, document.transcription)])
         return
-    order = np.random.default_rng([zlib.crc32(document.transcription.encode())]).permutation(len(document.questions))[
-        : config.max_questions
-    ]
-    asked = [(document.questions[i].text, document.questions[i].answer) for i in order]
-    if not asked:
-        raise DataError(f"{document.kind} have no questions: set task: transcribe")
+    asked = [(known[i].text, known[i].answer) for i in rng.permutation(len(known))[: config.max_questions]]
     for count in range(len(asked), 0, -1):
         yield dialogue(asked[:count])
+
+
+def lines_to_continue(document: Document, rng: np.random.Generator) -> list[Question]:
+    """For each printed line of several words: its beginning, and what follows. Finding text by its content."""
+    questions = []
+    for line in document.transcription.splitlines():
+        words = line.split(" ")
+        if len(words) > 1:
+            cut = rng.integers(1, len(words))
+            start, rest = " ".join(words[:cut]), " ".join(words[cut:])
+            questions.append(Question(prompts.WHAT_FOLLOWS.format(start=start), rest, "rest"))
+    return questions
 
 
 def dialogue(turns: list[tuple[str, str]]) -> list[Message]:
