@@ -4,6 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/parsit_tiny
 
+# With 4 KiB pages the kernel spends a fifth of a training step on handing XLA its buffers (docs/performance.md).
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
+
 .PHONY: demo test test-slow lint clean
 
 # One stamp per set of extras, so that `make demo` does not install PyTorch and a second call installs nothing.

@@ -1,6 +1,7 @@
 """Drawn pages: the same at every start, questions and answers of the page, nothing cut."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -68,6 +69,25 @@ def test_max_questions():
     document = generate("receipts", 5, Split.TRAIN)
     config = DatasetConfig(**RECEIPTS, max_questions=2)
     assert [len(messages) for messages in conversations(document, config)] == [4, 2]
+
+
+def test_lines_are_continued_from_a_word_on_in_random_order():
+    config = DatasetConfig(generated="notes", task="continue")
+    document = generate("notes", 3, Split.TRAIN)
+    lines = [line for line in document.transcription.splitlines() if " " in line]
+    messages = next(conversations(document, config))
+    said = []
+    for question, answer in zip(messages[::2], messages[1::2], strict=True):
+        start = question["content"][-1]["text"].removeprefix("What follows ").removesuffix("?")
+        said.append(f"{start} {answer['content']}")
+    assert sorted(said) == sorted(lines) and said != lines
+    assert "content" in messages[0] and messages[0]["content"][0] == {"type": "image"}
+
+
+def test_a_page_of_single_words_is_read_instead():
+    document = replace(generate("notes", 3, Split.TRAIN), transcription="one\ntwo")
+    ((question, answer),) = conversations(document, DatasetConfig(generated="notes", task="continue"))
+    assert question["content"][-1]["text"] == prompts.READ_PAGE and answer["content"] == "one\ntwo"
 
 
 def test_transcription_asks_one_thing_and_answers_all_that_is_printed():
