@@ -43,6 +43,7 @@ class _Kind:
 
 _KINDS = {
     "receipts": _Kind(receipts.compose_receipt, receipts.LAYOUTS),
+    "slips": _Kind(receipts.compose_slip, receipts.SLIP_LAYOUTS),
     "invoices": _Kind(invoices.compose_invoice, invoices.LAYOUTS),
     "forms": _Kind(forms.compose_form, forms.LAYOUTS),
     "tables": _Kind(tables.compose_table, tables.LAYOUTS),

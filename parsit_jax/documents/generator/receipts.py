@@ -1,4 +1,4 @@
-"""Receipts: shop, date, number, items, sums, payment; six layout families and one held out."""
+"""Receipts: shop, date, number, items, sums, payment; six layout families and one held out. Slips: in any order."""
 
 from dataclasses import dataclass
 
@@ -55,6 +55,13 @@ FAMILIES = {
 }
 
 LAYOUTS = {name: (family.split,) for name, family in FAMILIES.items()}
+
+# Slips hold what receipts hold in no order at all, so that a label is found by its words and not by its place.
+SLIP_FAMILIES = {
+    style: Family((("head", "entries", "tail"), ("entries", "head", "tail")), style=style)
+    for style in ("ledger", "colon", "centred", "tabbed")
+}
+SLIP_LAYOUTS = {name: tuple(Split) for name in SLIP_FAMILIES}
 
 
 @dataclass(frozen=True)
@@ -123,3 +130,12 @@ def _draw_sections(source: Source) -> dict[str, list[Line]]:
 def compose_receipt(source: Source, layout: str, font: str, height: int, width: int) -> Composition | None:
     """Draws a receipt; None where it does not fit the page."""
     return compose(source, FAMILIES[layout], _draw_sections(source), QUESTIONS, font, height, width)
+
+
+def compose_slip(source: Source, layout: str, font: str, height: int, width: int) -> Composition | None:
+    """Draws a slip; None where it does not fit the page."""
+    drawn = _draw_sections(source)
+    entries = [*drawn["meta"], *drawn["items"], *drawn["sums"]]
+    shuffled: list[Line] = [entries[i] for i in source.rng.permutation(len(entries))]
+    sections = {"head": drawn["head"], "entries": shuffled, "tail": drawn["tail"]}
+    return compose(source, SLIP_FAMILIES[layout], sections, QUESTIONS, font, height, width)
