@@ -57,11 +57,14 @@ FAMILIES = {
 LAYOUTS = {name: (family.split,) for name, family in FAMILIES.items()}
 
 # Slips hold what receipts hold in no order at all, so that a label is found by its words and not by its place.
+_SLIP_ORDERS = (("head", "entries", "tail"), ("entries", "head", "tail"))
 SLIP_FAMILIES = {
-    style: Family((("head", "entries", "tail"), ("entries", "head", "tail")), style=style)
-    for style in ("ledger", "colon", "centred", "tabbed")
+    "ledger": Family(_SLIP_ORDERS),
+    "colon": Family(_SLIP_ORDERS, style="colon"),
+    "centred": Family(_SLIP_ORDERS, style="centred"),
+    "tabbed": Family(_SLIP_ORDERS, style="tabbed", split=Split.HELD_OUT),
 }
-SLIP_LAYOUTS = {name: tuple(Split) for name in SLIP_FAMILIES}
+SLIP_LAYOUTS = {name: (family.split,) for name, family in SLIP_FAMILIES.items()}
 
 
 @dataclass(frozen=True)
