@@ -85,11 +85,20 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+def without_late_writes(unraisable) -> None:
+    """As Python's own hook, but for writes of a save that has failed already: they end after Orbax's loop is closed."""
+    error = unraisable.exc_value
+    if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+        sys.__unraisablehook__(unraisable)
+
+
 if __name__ == "__main__":
     logging.basicConfig(format="%(message)s", force=True)
     for package in ("vishwamai", "parsit_jax", "kernels"):
         logging.getLogger(package).setLevel(logging.INFO)
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs there, with a traceback, what is told below
+    for name in ("absl", "asyncio"):  # Orbax logs there, with a traceback, what is told below
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    sys.unraisablehook = without_late_writes
     try:
         code = main(sys.argv[1:])
     except (ConfigError, DataError, CheckpointError, NonFiniteGradients, OSError) as error:
