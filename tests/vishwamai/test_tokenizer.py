@@ -1,7 +1,6 @@
 """`VishwamAITokenizer` against Transformers' AutoTokenizer and against SentencePiece itself."""
 
 import filecmp
-import io
 import json
 import pickle
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
+import sentencepiece_models
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -64,24 +64,14 @@ def qwen(qwen_folder):
 
 @pytest.fixture(scope="module")
 def sentencepiece_model(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sentencepiece")
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["the quick brown fox jumps over the lazy dog", "hello world total 123.45"] * 50),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=340,
-        byte_fallback=True,
-        hard_vocab_limit=False,
+    return sentencepiece_models.train(
+        tmp_path_factory.mktemp("sentencepiece"),
         control_symbols=["<|image_pad|>"],
         user_defined_symbols=["<|im_start|>", "<|im_end|>"],
         pad_id=3,
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
-        minloglevel=2,
     )
-    (folder / "tokenizer.model").write_bytes(model.getvalue())
-    return folder
 
 
 # --- as Transformers ---
