@@ -2,8 +2,12 @@
 
 The maths is FlashAttention-2's (arXiv 2307.08691, algorithms 1 and 2), a block of queries at a time against whole
 rows of keys. Shape letters inside: G query heads that share a key head, R rows of a block (GR flattened in products).
-The gradients of k and v are summed as `B K H S`, so that no product needs the large `B K GR S` arrays transposed:
-on CPU that copy costs as much as the product.
+
+Two things are as they are for XLA's CPU compiler. It makes one loop of product, softmax and product, logits never
+leaving the cache, if each value inside has one reader and none is a select: so the mask is added, the backward
+normalises anew rather than read saved maxima, and the log-sum-exp is a computation of its own, which vanishes where
+nobody reads it. And the gradients of k and v are summed as `B K H S`, so that no product needs the large
+`B K GR S` arrays transposed: that copy costs as much as the product.
 """
 
 import functools
@@ -54,92 +58,115 @@ def attention(q, k, v, mask: Mask, scale: float, logit_softcap: float | None, si
 
 
 def _forward(q, k, v, mask, scale, softcap, sinks):
-    given = q, k, v
-    _, _, v = clear_padding(mask, q, k, v)  # hidden logits are replaced: here only v could leak
     batch, num_queries, num_heads, _ = q.shape
     num_keys, num_kv_heads = k.shape[1:3]
-    stats = jnp.promote_types(q.dtype, jnp.float32)
-    hidden = _hidden(stats)
-    sink = None if sinks is None else sinks.astype(stats).reshape(1, num_kv_heads, -1, 1, 1)
-    q_rows, k_rows, v_rows = _group(q, num_kv_heads), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    live_q, live_k, live_v = clear_padding(mask, q, k, v)
+    q_rows, k_rows, v_rows = _group(live_q, num_kv_heads), live_k.transpose(0, 2, 1, 3), live_v.transpose(0, 2, 1, 3)
 
-    def block(piece, carry, start):
-        logits, _ = _logits(_rows(q_rows, start, piece), k_rows, mask, start, piece, scale, softcap)
-        top = jnp.max(logits, axis=-1, keepdims=True, initial=hidden)
-        top = top if sink is None else jnp.maximum(top, sink)
-        weights = jnp.exp(logits - top)
-        total = jnp.sum(weights, axis=-1, keepdims=True)
-        total = total if sink is None else total + jnp.exp(sink - top)
-        out = _dot("bkrs,bksh->bkrh", _flat(weights).astype(v.dtype), v_rows[:, :, piece.low : piece.high])
-        inverse = jnp.where(top > hidden, 1 / total, 0)  # 0 where a row sees nothing
-        return carry, ((out.reshape(*top.shape[:-1], -1) * inverse).astype(q.dtype), top, inverse)
+    def attend(piece, carry, start):
+        logits, _, live = _logits(_rows(q_rows, start, piece), k_rows, mask, start, piece, scale, softcap)
+        weights, total, _ = _softmax(logits, sinks)
+        out = _dot("bkrs,bksh->bkrh", weights.astype(v.dtype), v_rows[:, :, piece.low : piece.high]) / total
+        if live is not None:
+            out, live = jnp.where(live, out, 0), live[:, :, None, : piece.rows]
+        return carry, (_split(out, piece).astype(q.dtype), live)
+
+    def log_sum_exp(piece, carry, start):
+        logits, _, live = _logits(_rows(q_rows, start, piece), k_rows, mask, start, piece, scale, softcap)
+        _, total, top = _softmax(logits, sinks)
+        lse = top + jnp.log(total)
+        seen = lse if live is None else jnp.where(live, lse, -jnp.inf if sinks is None else top)
+        return carry, _split(seen, piece)
 
     pieces = plan(batch * num_heads, num_queries, num_keys, mask)
-    blocks = [_each_block(block, (), piece)[1] for piece in pieces]
-    out, top, inverse = (_ungroup(parts) for parts in zip(*blocks, strict=True))
-    lse = jnp.where(inverse > 0, top - jnp.log(inverse), -jnp.inf)[..., 0]
-    # The two are kept rather than lse: where logits are large, lse has no digits left for log(total).
-    return (out, lse), (given, mask, sinks, out, top, inverse)
+    outs, lives = zip(*(_each_block(attend, (), piece)[1] for piece in pieces), strict=True)
+    lse = [_each_block(log_sum_exp, (), piece)[1] for piece in pieces]
+    out, live = _ungroup(outs), None if lives[0] is None else _ungroup(lives)
+    return (out, _ungroup(lse)[..., 0]), (q, k, v, mask, sinks, out, live)
 
 
 def _backward(scale, softcap, saved, cotangents):
-    (q, k, v), mask, sinks, out, top, inverse = saved
+    q, k, v, mask, sinks, out, live = saved
     q, k, v = clear_padding(mask, q, k, v)
     d_out, d_lse = cotangents
+    if live is not None:  # a row that sees no key has no gradient, whatever it is told; a sink gives it an lse
+        d_out = jnp.where(live, d_out, 0)
+        d_lse = d_lse if sinks is not None else jnp.where(live[..., 0], d_lse, 0)
     batch, num_queries, num_heads, _ = q.shape
     num_keys, num_kv_heads = k.shape[1:3]
-    delta = jnp.sum(d_out.astype(top.dtype) * out, axis=-1, keepdims=True) - d_lse[..., None]
-    # p = weights * inverse; the small arrays take the factor, so that p is never made.
-    delta, d_out = (jnp.where(inverse > 0, x * inverse, 0) for x in (delta, d_out))
-    q_rows, d_out_rows, delta, top = (_group(x, num_kv_heads) for x in (q, d_out.astype(v.dtype), delta, top))
+    stats = jnp.promote_types(q.dtype, jnp.float32)
+    delta = jnp.sum(d_out.astype(stats) * out, axis=-1, keepdims=True) - d_lse[..., None]
+    q_rows, d_out_rows, delta = (_group(x, num_kv_heads) for x in (q, d_out.astype(v.dtype), delta))
     q_columns, d_out_columns = (x.transpose(0, 1, 4, 2, 3) for x in (q_rows, d_out_rows))
     k_rows, v_rows = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
 
     def block(piece, sums, start):
         keys = slice(piece.low, piece.high)
-        logits, slope = _logits(_rows(q_rows, start, piece), k_rows, mask, start, piece, scale, softcap)
-        weights = jnp.exp(logits - _rows(top, start, piece))
+        logits, slope, _ = _logits(_rows(q_rows, start, piece), k_rows, mask, start, piece, scale, softcap)
+        weights, total, top = _softmax(logits, sinks)
+        weights = weights / total
         d_p = _dot("bkrh,bksh->bkrs", _flat(_rows(d_out_rows, start, piece)), v_rows[:, :, keys])
-        d_logits = weights * (d_p.reshape(weights.shape) - _rows(delta, start, piece)) * slope
-        weights, d_logits = _flat(weights).astype(v.dtype), _flat(d_logits).astype(q.dtype)
-        d_q = _dot("bkrs,bksh->bkrh", d_logits, k_rows[:, :, keys])
+        piece_delta = _flat(_rows(delta, start, piece))
+        d_logits = (weights * (d_p - piece_delta) * slope).astype(q.dtype)
+        d_q = _split(_dot("bkrs,bksh->bkrh", d_logits, k_rows[:, :, keys]), piece)
         d_k = _dot("bkhr,bkrs->bkhs", _columns(q_columns, start, piece), d_logits)
-        d_v = _dot("bkhr,bkrs->bkhs", _columns(d_out_columns, start, piece), weights)
-        sums = tuple(total.at[..., keys].add(part) for total, part in zip(sums, (d_k, d_v), strict=True))
-        return sums, d_q.reshape(*logits.shape[:-1], -1).astype(q.dtype)
+        d_v = _dot("bkhr,bkrs->bkhs", _columns(d_out_columns, start, piece), weights.astype(v.dtype))
+        *sums, d_sinks = sums
+        sums = [total.at[..., keys].add(part) for total, part in zip(sums, (d_k, d_v), strict=True)]
+        if sinks is not None:
+            share = jnp.exp(_sink_column(sinks, logits) - top) / total
+            d_sinks -= jnp.sum(_split(share * piece_delta, piece), axis=(0, 3, 4)).reshape(-1)
+        return (*sums, d_sinks), d_q.astype(q.dtype)
 
-    sums = tuple(jnp.zeros_like(x.swapaxes(2, 3), top.dtype) for x in (k_rows, v_rows))
+    sums = tuple(jnp.zeros_like(x.swapaxes(2, 3), stats) for x in (k_rows, v_rows))
+    sums = (*sums, None if sinks is None else jnp.zeros(sinks.shape, stats))
     d_q = []
     for piece in plan(batch * num_heads, num_queries, num_keys, mask):
         sums, part = _each_block(block, sums, piece)
         d_q.append(part)
-    d_k, d_v = (x.transpose(0, 3, 1, 2).astype(k.dtype) for x in sums)
-    d_sinks = None
-    if sinks is not None:
-        weights = jnp.exp(sinks.astype(top.dtype).reshape(1, num_kv_heads, -1, 1, 1) - top)
-        d_sinks = -jnp.sum(weights * delta, axis=(0, 3, 4)).reshape(sinks.shape).astype(sinks.dtype)
-    return _ungroup(d_q), d_k, d_v, None, d_sinks
+    d_k, d_v = (x.transpose(0, 3, 1, 2).astype(k.dtype) for x in sums[:2])
+    return _ungroup(d_q), d_k, d_v, None, None if sinks is None else sums[2].astype(sinks.dtype)
 
 
 attention.defvjp(_forward, _backward)
 
 
 def _logits(q, k_rows, mask: Mask, start, piece: Piece, scale, softcap):
-    """Masked logits `B K G R S`, and d logit / d (q · k): the scale, times the soft-cap's slope where there is one."""
+    """Logits `B K GR S`; d logit / d (q · k), which is the scale, times the soft-cap's slope where there is one; and
+    which rows see a key at all, `B 1 GR 1` or `1 1 GR 1`, None where all do. A hidden key's logit is nearly -inf.
+    """
     logits = _dot("bkrh,bksh->bkrs", _flat(q), k_rows[:, :, piece.low : piece.high]) * scale
-    logits, slope = logits.reshape(*q.shape[:-1], -1), scale
+    slope = scale
     if softcap is not None:
         bounded = jnp.tanh(logits / softcap)
         logits, slope = softcap * bounded, scale * (1 - jnp.square(bounded))
     seen = visible(mask, start, piece.rows, piece.low, piece.high - piece.low)
-    if seen is not None:
-        logits = jnp.where(seen[:, None, None], logits, _hidden(logits.dtype))
-    return logits, slope
+    if seen is None:
+        return logits, slope, None
+    seen = jnp.broadcast_to(seen, (seen.shape[0], piece.rows, seen.shape[2]))
+    seen = jnp.tile(seen, (1, q.shape[2], 1))[:, None]
+    # Half the lowest number there is: no sum with a logit overflows, and none differs from it.
+    hidden = jnp.where(seen, 0, float(jnp.finfo(logits.dtype).min) / 2).astype(logits.dtype)
+    return logits + hidden, slope, jnp.any(seen, axis=-1, keepdims=True)
 
 
-def _hidden(dtype) -> float:
-    """The logit of a hidden key. Finite, so that rows that see nothing make no NaN on the way."""
-    return float(jnp.finfo(dtype).min) / 2
+def _softmax(logits, sinks):
+    """exp(logit - top) `B K GR S`, its sum and top `B K GR 1`; a sink takes part in the sum and in top."""
+    top = jnp.max(logits, axis=-1, keepdims=True)
+    if sinks is None:
+        weights = jnp.exp(logits - top)
+        return weights, jnp.sum(weights, axis=-1, keepdims=True), top
+    sink = _sink_column(sinks, logits)
+    top = jnp.maximum(top, sink)
+    weights = jnp.exp(logits - top)
+    return weights, jnp.sum(weights, axis=-1, keepdims=True) + jnp.exp(sink - top), top
+
+
+def _sink_column(sinks, logits):
+    """The sink of each row's head, `1 K GR 1`."""
+    num_kv_heads, rows = logits.shape[1:3]
+    heads = sinks.astype(logits.dtype).reshape(num_kv_heads, -1)
+    return jnp.repeat(heads, rows // heads.shape[1], axis=1)[None, :, :, None]
 
 
 def _each_block(step, carry, piece: Piece):
@@ -174,6 +201,11 @@ def _rows(x, start, piece: Piece):
 def _flat(x):
     """`B K G R ...` to `B K GR ...`."""
     return x.reshape(*x.shape[:2], -1, x.shape[-1])
+
+
+def _split(x, piece: Piece):
+    """`B K GR H` to `B K G R H`."""
+    return x.reshape(*x.shape[:2], -1, piece.rows, x.shape[-1])
 
 
 def _columns(x, start, piece: Piece):
