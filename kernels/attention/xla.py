@@ -87,7 +87,7 @@ def _forward(q, k, v, mask, scale, softcap, sinks):
 
 def _backward(scale, softcap, saved, cotangents):
     q, k, v, mask, sinks, out, live = saved
-    q, k, v = clear_padding(mask, q, k, v)
+    q, k, v = clear_padding(mask, *lax.optimization_barrier((q, k, v)))
     d_out, d_lse = cotangents
     if live is not None:  # a row that sees no key has no gradient, whatever it is told; a sink gives it an lse
         d_out = jnp.where(live, d_out, 0)

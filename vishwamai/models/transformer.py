@@ -12,7 +12,7 @@ from kernels import Mask
 from vishwamai.data.batch import Batch
 from vishwamai.models.attention import Attention, KeysValues, KVCache, rotary
 from vishwamai.models.config import Remat, TextConfig
-from vishwamai.models.layers import Embedding, Linear, RMSNorm, scan, stack, unstack
+from vishwamai.models.layers import Embedding, Linear, RMSNorm, few_rows, scan, stack, unstack
 from vishwamai.parallel.sharding import constrain
 
 ACTIVATION = ("rows", None, None)  # rows over devices; what a row holds is whole on each
@@ -129,5 +129,7 @@ class Transformer(nnx.Module):
         """Float32 logits."""
         if self.config.tie_word_embeddings:
             table = self.embed_tokens.embedding[...].astype(x.dtype)
+            if x.ndim == 2 and jax.default_backend() == "cpu":
+                return few_rows(x, table)
             return jnp.einsum("...d,vd->...v", x, table, preferred_element_type=jnp.float32)
         return jnp.matmul(x, self.lm_head.kernel[...].astype(x.dtype), preferred_element_type=jnp.float32)
