@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jax.nn import initializers
 from jaxtyping import Array, Float, Int
 
@@ -15,10 +16,10 @@ from vishwamai.models.layers import Linear, RMSNorm
 
 
 class KeysValues(NamedTuple):
-    """What one layer's attention reads."""
+    """What one layer's attention reads; heads before slots, as its products read them."""
 
-    keys: Float[Array, "B S K H"]
-    values: Float[Array, "B S K H"]
+    keys: Float[Array, "B K S H"]
+    values: Float[Array, "B K S H"]
 
 
 @jax.tree_util.register_dataclass
@@ -83,9 +84,10 @@ class Attention(nnx.Module):
         q = rotate(self.q_norm(self.q_proj(x).reshape(split)), angles)
         k = rotate(self.k_norm(self.k_proj(x).reshape(split)), angles)
         v = self.v_proj(x).reshape(split)
+        keys_values = KeysValues(k.swapaxes(1, 2), v.swapaxes(1, 2))
         if past is not None:
-            k, v = (
-                jax.lax.dynamic_update_slice(old, new, (0, length, 0, 0)) for old, new in zip(past, (k, v), strict=True)
-            )
+            slots = zip(past, keys_values, strict=True)
+            keys_values = KeysValues(*(lax.dynamic_update_slice(old, new, (0, 0, length, 0)) for old, new in slots))
+            k, v = (x.swapaxes(1, 2) for x in keys_values)
         out = attention(q, k, v, mask)
-        return self.o_proj(out.reshape(*x.shape[:2], -1)), KeysValues(k, v)
+        return self.o_proj(out.reshape(*x.shape[:2], -1)), keys_values

@@ -111,7 +111,7 @@ class Transformer(nnx.Module):
         angles = self.angles(positions)
         x, (keys, values) = scan(self.layers, lambda layer, x, _: layer(x, angles, mask), x)
         length, slots = positions.shape[1], segment_ids.shape[1]
-        free = ((0, 0), (0, slots - length), (0, 0), (0, 0))
+        free = ((0, 0), (0, 0), (0, slots - length), (0, 0))
         layers = tuple(
             KeysValues(jnp.pad(keys[i], free), jnp.pad(values[i], free)) for i in range(self.config.num_hidden_layers)
         )
