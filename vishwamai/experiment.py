@@ -54,7 +54,7 @@ class TrainingConfig(Config):
     dtype: DType = Field(DType.FLOAT32, description="compute dtype; parameters and statistics stay float32")
     remat: Remat = Field(Remat.NONE, description="what the backward pass recomputes: none, dots, full")
     z_loss: float = Field(0.0, ge=0, description="weight of log(Z)^2, which keeps logits from drifting (PaLM)")
-    loss_chunk: int = Field(512, gt=0, description="positions of a row whose logits exist at the same time")
+    loss_chunk: int = Field(512, gt=0, description="most positions of a row whose logits exist at the same time")
 
 
 class CheckpointConfig(Config):

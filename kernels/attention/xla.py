@@ -87,6 +87,7 @@ def _forward(q, k, v, mask, scale, softcap, sinks):
 
 def _backward(scale, softcap, saved, cotangents):
     q, k, v, mask, sinks, out, live = saved
+    # Else XLA finds that the forward has made these logits, and keeps them all from there to here.
     q, k, v = clear_padding(mask, *lax.optimization_barrier((q, k, v)))
     d_out, d_lse = cotangents
     if live is not None:  # a row that sees no key has no gradient, whatever it is told; a sink gives it an lse
@@ -112,7 +113,7 @@ def _backward(scale, softcap, saved, cotangents):
         d_k = _dot("bkhr,bkrs->bkhs", _columns(q_columns, start, piece), d_logits)
         d_v = _dot("bkhr,bkrs->bkhs", _columns(d_out_columns, start, piece), weights.astype(v.dtype))
         *sums, d_sinks = sums
-        sums = [total.at[..., keys].add(part) for total, part in zip(sums, (d_k, d_v), strict=True)]
+        sums = [so_far.at[..., keys].add(part) for so_far, part in zip(sums, (d_k, d_v), strict=True)]
         if sinks is not None:
             share = jnp.exp(_sink_column(sinks, logits) - top) / total
             d_sinks -= jnp.sum(_split(share * piece_delta, piece), axis=(0, 3, 4)).reshape(-1)

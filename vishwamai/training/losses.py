@@ -21,14 +21,13 @@ def next_token_loss(
     """Summed weighted cross-entropy (not divided: the caller knows the weight of the whole batch) and metric sums.
 
     `model.unembed` is applied to at most `chunk` positions of every row at a time, and to at most half of them, and
-    again in the backward pass. `z_loss` adds z_loss * log(Z)^2 per weighted token (Chowdhery et al. 2022). Returns
-    (loss sum, {name: sum}).
+    again in the backward pass; a chunk without weight in any row (images, prompts) is passed over. `z_loss` adds
+    z_loss * log(Z)^2 per weighted token (Chowdhery et al. 2022). Returns (loss sum, {name: sum}).
     """
     targets = jnp.pad(batch.tokens[:, 1:], ((0, 0), (0, 1)))
     weights = loss_weights(batch)
 
-    def one_chunk(totals, chunk_inputs):
-        x, target, weight = chunk_inputs
+    def add_chunk(totals, x, target, weight):
         logits = model.unembed(x)
         log_z = jax.nn.logsumexp(logits, axis=-1)
         picked = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
@@ -39,7 +38,11 @@ def next_token_loss(
             "loss": totals["loss"] + cross_entropy,
             "z_loss": totals["z_loss"] + penalty,
             "hits": totals["hits"] + hits,
-        }, None
+        }
+
+    def one_chunk(totals, chunk_inputs):
+        weighted = jnp.any(chunk_inputs[-1] != 0)
+        return jax.lax.cond(weighted, add_chunk, lambda totals, *_: totals, totals, *chunk_inputs), None
 
     length = hidden.shape[1]
     # Chunks as even as they can be, which pads least; at least two, so that no logits are those of whole rows.

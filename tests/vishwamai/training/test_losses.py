@@ -86,6 +86,23 @@ def test_weights_shift_and_stop_at_the_end_of_an_example(source):
     assert_allclose(loss_weights(batch), [[0.5, 1, 0, 2, 0, 0]])
 
 
+def test_chunks_without_weight_are_passed_over(source):
+    """Nothing is computed there: what stands in them, even NaN, reaches nothing."""
+    batch = source.batch(0)
+    rows, length = batch.tokens.shape
+    chunk, draw = length // 3, np.random.default_rng(2)
+    weights = np.ones((rows, length), np.float32)
+    weights[:, : 2 * chunk + 1] = 0  # a prediction has the weight of the token behind it
+    batch = replace(batch, segment_ids=np.ones_like(batch.segment_ids), loss_weights=weights)
+    hidden, table = draw.normal(size=(rows, length, 6)).astype(np.float32), draw.normal(size=(64, 6)).astype(np.float32)
+    loss = lambda h, w: next_token_loss(Unembed(w), h, batch, chunk=chunk)[0]  # noqa: E731
+    expected = jax.grad(loss, argnums=(0, 1))(hidden, table)
+    hidden[:, : 2 * chunk] = np.nan
+    for found, gradient in zip(jax.grad(loss, argnums=(0, 1))(hidden, table), expected, strict=True):
+        assert_allclose(found, gradient, atol=1e-6)
+    assert not np.any(expected[0][:, : 2 * chunk])
+
+
 def test_logits_of_the_whole_batch_never_exist(source):
     """No array in the forward or backward pass is as large as rows x length x vocabulary."""
     batch = source.batch(0)
