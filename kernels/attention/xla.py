@@ -4,10 +4,10 @@ The maths is FlashAttention-2's (arXiv 2307.08691, algorithms 1 and 2), a block 
 rows of keys. Shape letters inside: G query heads that share a key head, R rows of a block (GR flattened in products).
 
 Two things are as they are for XLA's CPU compiler. It makes one loop of product, softmax and product, logits never
-leaving the cache, if each value inside has one reader and none is a select: so the mask is added, the backward
-normalises anew rather than read saved maxima, and the log-sum-exp is a computation of its own, which vanishes where
-nobody reads it. And the gradients of k and v are summed as `B K H S`, so that no product needs the large
-`B K GR S` arrays transposed: that copy costs as much as the product.
+leaving the cache, if each value inside has one reader and none is a select: so the mask is added, each layer widens it
+to all heads for itself, the scale is in q, the backward normalises anew rather than read saved maxima, and the
+log-sum-exp is a computation of its own, which vanishes where nobody reads it. And the gradients of k and v are summed
+as `B K H S`, so that no product needs the large `B K GR S` arrays transposed: that copy costs as much as the product.
 """
 
 import functools
@@ -61,6 +61,7 @@ def _forward(q, k, v, mask, scale, softcap, sinks):
     batch, num_queries, num_heads, _ = q.shape
     num_keys, num_kv_heads = k.shape[1:3]
     live_q, live_k, live_v = clear_padding(mask, q, k, v)
+    live_q, _, scale = _fold(live_q, scale)
     q_rows, k_rows, v_rows = _group(live_q, num_kv_heads), live_k.transpose(0, 2, 1, 3), live_v.transpose(0, 2, 1, 3)
 
     def attend(piece, carry, start):
@@ -89,6 +90,7 @@ def _backward(scale, softcap, saved, cotangents):
     q, k, v, mask, sinks, out, live = saved
     # Else XLA finds that the forward has made these logits, and keeps them all from there to here.
     q, k, v = clear_padding(mask, *lax.optimization_barrier((q, k, v)))
+    q, folded, scale = _fold(q, scale)
     d_out, d_lse = cotangents
     if live is not None:  # a row that sees no key has no gradient, whatever it is told; a sink gives it an lse
         d_out = jnp.where(live, d_out, 0)
@@ -108,8 +110,9 @@ def _backward(scale, softcap, saved, cotangents):
         weights = weights / total
         d_p = _dot("bkrh,bksh->bkrs", _flat(_rows(d_out_rows, start, piece)), v_rows[:, :, keys])
         piece_delta = _flat(_rows(delta, start, piece))
-        d_logits = (weights * (d_p - piece_delta) * slope).astype(q.dtype)
-        d_q = _split(_dot("bkrs,bksh->bkrh", d_logits, k_rows[:, :, keys]), piece)
+        d_logits = weights * (d_p - piece_delta)
+        d_logits = (d_logits if slope is None else d_logits * slope).astype(q.dtype)
+        d_q = _split(_dot("bkrs,bksh->bkrh", d_logits, k_rows[:, :, keys]), piece) * folded
         d_k = _dot("bkhr,bkrs->bkhs", _columns(q_columns, start, piece), d_logits)
         d_v = _dot("bkhr,bkrs->bkhs", _columns(d_out_columns, start, piece), weights.astype(v.dtype))
         *sums, d_sinks = sums
@@ -132,22 +135,31 @@ def _backward(scale, softcap, saved, cotangents):
 attention.defvjp(_forward, _backward)
 
 
+def _fold(q, scale: float) -> tuple[jax.Array, float, float]:
+    """q with the scale in it, that factor, and the factor that is left for the logits: bfloat16 would round it."""
+    return (q, 1.0, scale) if q.dtype == jnp.bfloat16 else (q * scale, scale, 1.0)
+
+
 def _logits(q, k_rows, mask: Mask, start, piece: Piece, scale, softcap):
-    """Logits `B K GR S`; d logit / d (q · k), which is the scale, times the soft-cap's slope where there is one; and
-    which rows see a key at all, `B 1 GR 1` or `1 1 GR 1`, None where all do. A hidden key's logit is nearly -inf.
+    """Logits `B K GR S`; d logit / d (q · k), None where it is 1; and which rows see a key at all, `B 1 GR 1` or
+    `1 1 GR 1`, None where all do. A hidden key's logit is nearly -inf.
     """
-    logits = _dot("bkrh,bksh->bkrs", _flat(q), k_rows[:, :, piece.low : piece.high]) * scale
-    slope = scale
+    seen = visible(mask, start, piece.rows, piece.low, piece.high - piece.low)
+    if seen is not None:
+        seen = jnp.broadcast_to(seen, (seen.shape[0], piece.rows, seen.shape[2]))
+        seen = jnp.tile(seen, (1, q.shape[2], 1))[:, None]
+        # Half the lowest number there is: no sum with a logit overflows, and none differs from it.
+        stats = jnp.promote_types(q.dtype, jnp.float32)
+        hidden = jnp.where(seen, 0, float(jnp.finfo(stats).min) / 2).astype(stats)
+        # Tied to this layer's q, as XLA would else keep the mask of all heads in memory for all layers to read.
+        q, hidden = lax.optimization_barrier((q, hidden))
+    logits = _dot("bkrh,bksh->bkrs", _flat(q), k_rows[:, :, piece.low : piece.high])
+    logits, slope = (logits, None) if scale == 1.0 else (logits * scale, scale)
     if softcap is not None:
         bounded = jnp.tanh(logits / softcap)
         logits, slope = softcap * bounded, scale * (1 - jnp.square(bounded))
-    seen = visible(mask, start, piece.rows, piece.low, piece.high - piece.low)
     if seen is None:
         return logits, slope, None
-    seen = jnp.broadcast_to(seen, (seen.shape[0], piece.rows, seen.shape[2]))
-    seen = jnp.tile(seen, (1, q.shape[2], 1))[:, None]
-    # Half the lowest number there is: no sum with a logit overflows, and none differs from it.
-    hidden = jnp.where(seen, 0, float(jnp.finfo(logits.dtype).min) / 2).astype(logits.dtype)
     return logits + hidden, slope, jnp.any(seen, axis=-1, keepdims=True)
 
 

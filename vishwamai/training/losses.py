@@ -33,7 +33,7 @@ def next_token_loss(
         picked = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
         cross_entropy = jnp.sum((log_z - picked) * weight)
         penalty = z_loss * jnp.sum(log_z**2 * weight)
-        hits = jnp.sum((picked == jnp.max(logits, axis=-1)) * weight)
+        hits = jnp.sum((jnp.argmax(logits, axis=-1) == target) * weight)
         return {
             "loss": totals["loss"] + cross_entropy,
             "z_loss": totals["z_loss"] + penalty,
