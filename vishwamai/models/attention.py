@@ -45,8 +45,8 @@ def rotary(positions: Int[Array, "B T"], head_dim: int, theta: float) -> tuple[A
     """cos, and sin with the sign that `rotate` wants, each float32 B T 1 H (Su et al. 2021)."""
     frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angles = positions[:, :, None, None].astype(jnp.float32) * frequencies
-    # Widened by exact products with 1 and -1, as no compiler fuses them into what reads them: on CPU, XLA would work out
-    # the cosines and sines anew for each head, layer and pass, a tenth of a small model's training step.
+    # Widened by exact products with 1 and -1, which no compiler fuses into what reads them: else XLA works out cosines
+    # and sines on CPU anew for each head, layer and pass, a tenth of a small model's training step.
     half = jnp.eye(head_dim // 2, dtype=jnp.float32)
     widen = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
     return widen(jnp.cos(angles), jnp.hstack([half, half])), widen(jnp.sin(angles), jnp.hstack([-half, half]))
