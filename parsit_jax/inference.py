@@ -15,7 +15,7 @@ from parsit_jax.documents.images import is_pdf, load_image, pages
 from parsit_jax.pretrained import Parsit
 from vishwamai.chat import Message, encode_prompt
 from vishwamai.data.packing import Capacity, Example, collate
-from vishwamai.generation.engine import generate
+from vishwamai.generation.engine import Generation
 from vishwamai.generation.prompts import right_aligned
 from vishwamai.generation.sampling import Sampling
 
@@ -115,7 +115,7 @@ class ParsitInference:
         patches = max(example.size[1] for example in examples)
         room = Capacity(longest, patches, self.encoder.layout if patches else None)
         filled = examples + examples[:1] * (self._rows - len(examples))
-        ids = generate(
+        generation = Generation(
             self.model.graph,
             self.model.parameters,
             right_aligned(collate([[example] for example in filled], room)),
@@ -125,9 +125,8 @@ class ParsitInference:
             sampling=Sampling(temperature=temperature, top_p=top_p, seed=seed),
             dtype=self.model.dtype,
         )
-        ended = np.isin(ids, tokenizer.eos_token_ids)
-        lengths = np.where(ended.any(axis=1), ended.argmax(axis=1), ids.shape[1])  # what pads may be a word
-        answers = [row[:length] for row, length in zip(ids, lengths, strict=True)][: len(examples)]
+        generation.advance(max_new_tokens)
+        answers = generation.answers[: len(examples)]
         return [tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in answers]
 
     def _example(self, prompt: Prompt) -> Example:

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from parsit_jax.documents.patches import patchify
 from parsit_jax.models.config import ParsitConfig, Pooling, VisionConfig
+from parsit_jax.models.parsit import ParsitModel
 from vishwamai.data.batch import Batch, text_batch
 from vishwamai.pretrained import Pretrained, checked_ids
 
@@ -14,7 +15,7 @@ from vishwamai.pretrained import Pretrained, checked_ids
 class Parsit(Pretrained):
     """A document model with its weights. Attributes and `from_pretrained` as `vishwamai.VishwamAI`'s."""
 
-    accepts = "parsit"
+    accepts = ParsitModel
 
     def __call__(
         self,

@@ -1,4 +1,4 @@
-"""`vishwamai convert from-hf SRC DST`, `vishwamai convert to-hf SRC DST`."""
+"""`vishwamai convert from-hf SRC DST`, `vishwamai convert to-hf SRC DST`, `vishwamai generate`."""
 
 import argparse
 import logging
@@ -18,7 +18,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     to_hf.add_argument("source", metavar="SRC", help="run, or one of its checkpoints/STEP")
     for direction in (from_hf, to_hf):
         direction.add_argument("destination", metavar="DST", help="folder to write; must not exist, or be empty")
-    return _convert(parser.parse_args(arguments))
+        direction.set_defaults(run=_convert)
+    generate = commands.add_parser("generate", help="text that continues a prompt")
+    generate.add_argument("--checkpoint", required=True, metavar="DIR", help="run, exported folder, or owner/name")
+    generate.add_argument("--prompt", required=True, help="the text to continue")
+    generate.add_argument("--chat", action="store_true", help="the prompt is a question: use the chat template")
+    generate.add_argument("--stream", action="store_true", help="print the text as it comes")
+    generate.add_argument("--max-new-tokens", type=int, help="tokens at most (default: 256)")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the most likely token (default)")
+    generate.add_argument("--top-k", type=int, help="draw from the k most likely tokens")
+    generate.add_argument("--top-p", type=float, help="draw from tokens that add up to this share")
+    generate.add_argument("--min-p", type=float, help="draw from tokens this likely, beside the most likely one")
+    generate.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: repeat less (default: 1)")
+    generate.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+    generate.add_argument("--stop", action="append", help="text that ends the answer; repeats")
+    generate.set_defaults(run=_generate)
+    options = parser.parse_args(arguments)
+    return options.run(options)
 
 
 def _convert(options: argparse.Namespace) -> int:
@@ -36,6 +52,35 @@ def _convert(options: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"{opened.folder} ({opened.family.name}) -> {options.destination}: {len(opened.tensors)} tensors")
+    return 0
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from vishwamai.chat import encode_prompt
+    from vishwamai.checkpoint import CheckpointError
+    from vishwamai.pretrained import VishwamAI
+
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    try:
+        model = VishwamAI.from_pretrained(options.checkpoint)
+        stop = [*model.end_ids, *options.stop] if options.stop else None
+        if options.chat:
+            ids = encode_prompt([{"role": "user", "content": options.prompt}], model.tokenizer).tokens
+        else:
+            ids = model.tokenizer.encode(options.prompt)
+        shown, tokens = "", []
+        pieces = model.stream([ids], stop=stop, **{name: getattr(options, name) for name in names})
+        for piece in pieces:
+            tokens.extend(piece.tolist())
+            text = model.tokenizer.decode(tokens, skip_special_tokens=True)
+            if options.stream and not text.endswith("\ufffd"):  # half of a character
+                print(text[len(shown) :], end="", flush=True)
+                shown = text
+    except (ValueError, FileNotFoundError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(text[len(shown) :])
     return 0
 
 

@@ -1,5 +1,7 @@
 """Trained models as functions of arrays: `VishwamAI.from_pretrained(folder)(input_ids)`."""
 
+import json
+from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Self
@@ -10,12 +12,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from vishwamai import experiment
+from vishwamai import experiment, families
 from vishwamai.config import ConfigError, read_yaml
 from vishwamai.convert.source import open_source
 from vishwamai.data.batch import Batch, text_batch
 from vishwamai.experiment import DType, Experiment
 from vishwamai.families import Family
+from vishwamai.generation import Generation, Sampling, left_padded
+from vishwamai.generation.stopping import length_with, parsed
+from vishwamai.models.transformer import Transformer
 from vishwamai.tokenizer import VishwamAITokenizer
 
 
@@ -29,7 +34,7 @@ class Pretrained:
         dtype: of the parameters and of the computation; logits and statistics are float32 in any case.
     """
 
-    accepts = "qwen3"  # the family that a class's __call__ speaks of
+    accepts: type[nnx.Module] = Transformer  # the model that a class's __call__ speaks of
 
     def __init__(self, folder: Path, family: Family, config: Any, parameters: nnx.State, dtype: str):
         self.folder = folder
@@ -50,8 +55,9 @@ class Pretrained:
         if dtype not in list(DType):
             raise ConfigError(f"dtype {dtype!r} is not one of {', '.join(DType)}")
         source = open_source(folder)
-        if source.family.name != cls.accepts:
-            raise ConfigError(f"{source.folder} holds a {source.family.name}, expected a {cls.accepts}")
+        if source.family.build is not cls.accepts:
+            known = " or ".join(name for name in families.names() if families.get(name).build is cls.accepts)
+            raise ConfigError(f"{source.folder} holds a {source.family.name}, expected a {known}")
         return cls(source.folder, source.family, source.config, source.parameters(dtype), dtype)
 
     @cached_property
@@ -76,8 +82,12 @@ def _logits(graph: nnx.GraphDef, dtype, parameters: nnx.State, batch: Batch) -> 
     return model.unembed(model.hidden_states(batch, dtype))
 
 
+STOP_EVERY = 16  # tokens between two looks for a stop string, or two rounds of a stream
+NEW_TOKENS = 256  # where the caller gives no bound
+
+
 class VishwamAI(Pretrained):
-    """A text model: `VishwamAI.from_pretrained(folder)(input_ids)` gives float32 logits `B T V`."""
+    """A text model: `VishwamAI.from_pretrained(folder)(input_ids)` gives float32 logits `B T V`; `generate` goes on."""
 
     def __call__(
         self, input_ids: Int[Array, "B T"], attention_mask: Int[Array, "B T"] | None = None
@@ -88,6 +98,114 @@ class VishwamAI(Pretrained):
             ValueError: ids that are no integers `B T`, or outside the vocabulary.
         """
         return self.logits(text_batch(checked_ids(input_ids, self.config.vocab_size), attention_mask))
+
+    def generate(
+        self,
+        input_ids: Int[Array, "B T"] | Sequence[Sequence[int]],
+        attention_mask: Int[Array, "B T"] | None = None,
+        **options: Any,
+    ) -> Int[np.ndarray, "B M"]:
+        """Token ids, the prompt in front. Prompts of unequal lengths: padded on the left, or a list of lists of ids.
+
+        Args:
+            max_new_tokens, max_length: how many tokens at most, without or with the prompt; one of them, else 256.
+            temperature, top_k, top_p, min_p, repetition_penalty, seed: see `generation.Sampling`; 0 is greedy.
+            num_return_sequences: rows for each prompt, which stand together.
+            stop: ids and strings that end a row, which keeps them; None: the checkpoint's end ids, []: nothing does.
+                Behind the end stands the pad id.
+
+        Raises:
+            ValueError: a prompt that is empty, too long or outside the vocabulary; an option out of range.
+        """
+        prompts = self._prompts(input_ids, attention_mask)
+        rounds = list(self._continued(prompts, every=None, **options))
+        ids, masks = np.asarray(prompts.tokens), np.asarray(prompts.segment_ids)
+        front = np.where(masks > 0, ids, self.pad_id).repeat(options.get("num_return_sequences", 1), axis=0)
+        return np.concatenate([front, *rounds], axis=1)
+
+    def stream(
+        self, input_ids: Int[Array, "1 T"] | Sequence[Sequence[int]], **options: Any
+    ) -> Iterator[Int[np.ndarray, " M"]]:
+        """The new tokens of one prompt as they come, some at a time; options as `generate`'s."""
+        prompts = self._prompts(input_ids, None)
+        if prompts.rows != 1 or options.get("num_return_sequences", 1) != 1:
+            raise ValueError(f"a stream has one row, found {prompts.rows} prompts: use generate")
+        return (tokens[0] for tokens in self._continued(prompts, every=STOP_EVERY, **options))
+
+    @cached_property
+    def end_ids(self) -> list[int]:
+        """What ends an answer, by generation_config.json, else config.json, else the tokenizer, else nothing."""
+        for name in ("generation_config.json", "config.json"):
+            path = self.folder / name
+            found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+            if found is not None:
+                return [found] if isinstance(found, int) else list(found)
+        try:
+            return list(self.tokenizer.eos_token_ids)
+        except FileNotFoundError:
+            return []
+
+    @cached_property
+    def pad_id(self) -> int:
+        """What stands behind the end of a row: the tokenizer's padding, else 0."""
+        try:
+            return self.tokenizer.pad_token_id or 0
+        except FileNotFoundError:
+            return 0
+
+    def _prompts(self, input_ids, attention_mask) -> Batch:
+        if not isinstance(input_ids, np.ndarray | jax.Array):
+            input_ids = [np.asarray(row) for row in input_ids]
+            if attention_mask is None:
+                rows = [checked_ids([row], self.config.vocab_size)[0] if row.size else row for row in input_ids]
+                return left_padded(rows, self.pad_id)
+        return text_batch(checked_ids(input_ids, self.config.vocab_size), attention_mask)
+
+    def _continued(
+        self,
+        prompts: Batch,
+        every: int | None,
+        *,
+        max_new_tokens: int | None = None,
+        max_length: int | None = None,
+        num_return_sequences: int = 1,
+        stop: Sequence[int | str] | str | None = None,
+        **sampling: Any,
+    ) -> Iterator[Int[np.ndarray, "B M"]]:
+        """The tokens of every round, side by side the answer."""
+        length = prompts.tokens.shape[1]
+        if max_new_tokens is not None and max_length is not None:
+            raise ValueError("max_new_tokens and max_length were both given: which one counts?")
+        if max_length is not None:
+            if max_length <= length:
+                raise ValueError(f"max_length={max_length} leaves no room behind a prompt of {length} tokens")
+            max_new_tokens = max_length - length
+        if max_new_tokens is None:
+            max_new_tokens = min(NEW_TOKENS, max(1, self.config.max_position_embeddings - length))
+        ids, strings = parsed(stop, self.end_ids if stop is None else ())
+        generation = Generation(
+            self.graph,
+            self.parameters,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            end_ids=ids,
+            pad_id=self.pad_id,
+            sampling=Sampling(**sampling),
+            samples=num_return_sequences,
+            dtype=self.dtype,
+        )
+        every = STOP_EVERY if strings else every or generation.max_new_tokens
+        shown = 0
+        while True:
+            generation.advance(shown + every)
+            if strings:
+                rows = enumerate(generation.tokens)
+                found = {row: length_with(ids, strings, self.tokenizer.decode, shown) for row, ids in rows}
+                generation.cut({row: length for row, length in found.items() if length is not None})
+            yield generation.tokens[:, shown:]
+            shown += every
+            if generation.done:
+                return
 
 
 def checked_ids(input_ids: Int[Array, "B T"], vocab_size: int) -> np.ndarray:

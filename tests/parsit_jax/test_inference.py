@@ -103,10 +103,24 @@ def test_pages_are_drawn_when_they_are_asked_for(pages, tmp_path, monkeypatch):
 
 
 def test_an_answer_stops_at_its_end_whatever_stands_behind(model, pages, monkeypatch):
-    tokenizer = model.model.tokenizer
-    words, end = tokenizer.encode("total"), tokenizer.eos_token_ids[0]
-    monkeypatch.setattr(inference, "generate", lambda *_, **__: np.array([[*words, end, *words, *words]]))
-    assert model.answer_question(pages[0], "What?") == "total"
+    seen, tokenizer = [], model.model.tokenizer
+
+    class Recorded(inference.Generation):
+        def advance(self, count):
+            super().advance(count)
+            seen.append(self.tokens[0].tolist())
+
+    monkeypatch.setattr(inference, "Generation", Recorded)
+    monkeypatch.setattr(tokenizer, "eos_token_ids", ())
+    whole = model.answer_question(pages[0], "What?", max_new_tokens=20)
+    tokens = seen[0]
+    assert len(tokens) == 20 and whole == tokenizer.decode(tokens, skip_special_tokens=True).strip()
+    place = next(i for i in range(3, 20) if tokens[i] not in tokens[:i])
+    monkeypatch.setattr(tokenizer, "eos_token_ids", (tokens[place],))
+    monkeypatch.setattr(tokenizer, "pad_token_id", tokenizer.encode("x")[0])  # what pads is a word
+    answers = model.answer_batch([pages[0]] * 2, ["What?", "Who?"], max_new_tokens=20)
+    assert answers[0] == tokenizer.decode(tokens[:place], skip_special_tokens=True).strip()
+    assert answers[0] != whole and len(seen[1]) > place
 
 
 def test_bad_input_is_told(model, pages):

@@ -17,6 +17,9 @@ class Sampling:
     top_k: draw from the k most likely tokens; None is all.
     top_p: draw from the fewest most likely tokens (of those k) whose probabilities add up to at least this; None is
         all (nucleus sampling, Holtzman et al. 2020). Tokens as likely as the last one taken are taken too, as in top_k.
+    min_p: draw from tokens at least this share as likely as the most likely one; None is all (Nguyen et al. 2024).
+    repetition_penalty: divides the positive and multiplies the negative logits of tokens that the row, its prompt
+        included, already holds; 1 changes nothing (Keskar et al. 2019). Also where the temperature is 0.
     seed: of the random numbers; a row's tokens depend on it and on the row's number, not on the other rows.
 
     Raises ValueError for a value out of range.
@@ -25,6 +28,8 @@ class Sampling:
     temperature: float = 0.0
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
     seed: int = 0
 
     def __post_init__(self):
@@ -34,6 +39,10 @@ class Sampling:
             raise ValueError(f"top_k={self.top_k}: expected at least 1, or None for all tokens")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}: expected a share above 0 and up to 1, or None for all tokens")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p={self.min_p}: expected a share from 0 to 1, or None for all tokens")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise ValueError(f"repetition_penalty={self.repetition_penalty}: expected a positive number, 1 for none")
 
     def settings(self, rows: int, vocab_size: int) -> "Settings":
         """As arrays, so that other values compile nothing anew."""
@@ -43,6 +52,8 @@ class Sampling:
             temperature=jnp.float32(self.temperature),
             top_k=jnp.int32(min(self.top_k or vocab_size, vocab_size)),
             top_p=jnp.float32(1.0 if self.top_p is None else self.top_p),
+            min_p=jnp.float32(self.min_p or 0.0),
+            repetition_penalty=None if self.repetition_penalty == 1 else jnp.float32(self.repetition_penalty),
         )
 
 
@@ -54,15 +65,22 @@ class Settings(NamedTuple):
     temperature: Float[Array, ""]
     top_k: Int[Array, ""]
     top_p: Float[Array, ""]
+    min_p: Float[Array, ""]
+    repetition_penalty: Float[Array, ""] | None  # None: nobody keeps track of what a row holds
 
 
-def sample(logits: Float[Array, "B V"], settings: Settings, step: Int[Array, ""]) -> Int[Array, " B"]:
-    """One token for each row; `step` is the number of tokens that the row has had."""
+def sample(
+    logits: Float[Array, "B V"], settings: Settings, step: Int[Array, ""], held: Bool[Array, "B V"] | None = None
+) -> Int[Array, " B"]:
+    """One token for each row; `step` is the number of tokens that the row has had, `held` says which they are."""
+    if settings.repetition_penalty is not None:
+        penalty = settings.repetition_penalty
+        logits = jnp.where(held, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
     def drawn():
         # At most 0, so that the smallest temperature gives no infinity whose differences are NaN.
         scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / settings.temperature
-        kept = jnp.where(likely(scaled, settings.top_k, settings.top_p), scaled, -jnp.inf)
+        kept = jnp.where(likely(scaled, settings.top_k, settings.top_p, settings.min_p), scaled, -jnp.inf)
         keys = jax.vmap(jax.random.fold_in, (0, None))(settings.keys, step)
         return jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
 
@@ -72,12 +90,14 @@ def sample(logits: Float[Array, "B V"], settings: Settings, step: Int[Array, ""]
     return lax.cond(settings.temperature == 0, greedy, drawn)
 
 
-def likely(logits: Float[Array, "B V"], top_k: Int[Array, ""], top_p: Float[Array, ""]) -> Bool[Array, "B V"]:
-    """The tokens that top_k and then top_p leave."""
+def likely(
+    logits: Float[Array, "B V"], top_k: Int[Array, ""], top_p: Float[Array, ""], min_p: Float[Array, ""]
+) -> Bool[Array, "B V"]:
+    """The tokens that top_k, then top_p, then min_p leave."""
     weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
     kept = at_least(weights, jnp.ones_like(weights), top_k.astype(weights.dtype))
     weights = jnp.where(kept, weights, 0)
-    return kept & at_least(weights, weights, top_p * jnp.sum(weights, axis=-1))
+    return kept & at_least(weights, weights, top_p * jnp.sum(weights, axis=-1)) & (weights >= min_p)
 
 
 def at_least(

@@ -98,6 +98,18 @@ def test_rows_end_and_are_filled(small):
     assert 96 in got
 
 
+def test_answers_have_neither_their_end_nor_what_pads(small):
+    free = generate(*small, left_padded(PROMPTS, 0), max_new_tokens=12, **FREE)
+    end, pad = int(free[0, 4]), int(free[1, 2])  # what pads is a word, too
+    generation = engine.Generation(*small, left_padded(PROMPTS, 0), max_new_tokens=12, end_ids=[end], pad_id=pad)
+    generation.advance(12)
+    for answer, whole in zip(generation.answers, free.tolist(), strict=True):
+        assert answer.tolist() == whole[: whole.index(end)] if end in whole else answer.tolist() == whole
+    generation.cut({1: 2})
+    assert generation.answers[1].tolist() == free[1, :2].tolist()
+    assert (generation.tokens[1, 2:] == pad).all()
+
+
 def test_the_first_token_can_be_the_end(small):
     first = generate(*small, left_padded([PROMPTS[0]], 0), max_new_tokens=1, **FREE)[0, 0]
     got = generate(*small, left_padded([PROMPTS[0]], 0), max_new_tokens=5, end_ids=[first], pad_id=96)
@@ -108,7 +120,7 @@ def started(model, ending, prompts=PROMPTS, room=16):
     batch = extended_left(left_padded(prompts, 0), 16)
     settings = Sampling().settings(batch.rows, CONFIG.vocab_size)
     ending = engine.Ending(jnp.asarray(ending, jnp.int32), jnp.int32(0))
-    layers, state = engine._start(model[0], room, jnp.float32, model[1], batch, settings, ending)
+    layers, state = engine._start(model[0], (room, 1), jnp.float32, model[1], batch, settings, ending)
     return lambda state, limit: engine._continue(
         model[0], jnp.float32, model[1], layers, state, jnp.int32(limit), settings, ending
     ), state

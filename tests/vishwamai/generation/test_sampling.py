@@ -73,7 +73,7 @@ def sorted_reference(logits, top_k, top_p):
 )
 def test_what_is_left_equals_sorting(seed, scale, top_k, top_p):
     logits = np.random.default_rng(seed).normal(0, scale, (1, V)).astype(np.float32)
-    kept = np.asarray(LIKELY(logits, jnp.int32(top_k), jnp.float32(top_p)))[0]
+    kept = np.asarray(LIKELY(logits, jnp.int32(top_k), jnp.float32(top_p), jnp.float32(0)))[0]
     assert kept[np.argmax(logits)]
     near = [sorted_reference(logits[0], top_k, top_p + error) for error in (-1e-5, 0, 1e-5)]  # sums in float32
     underflow = np.exp(logits[0] - logits.max()) == 0
@@ -81,13 +81,37 @@ def test_what_is_left_equals_sorting(seed, scale, top_k, top_p):
 
 
 def test_edges():
-    every = np.asarray(LIKELY(LOGITS, jnp.int32(V), jnp.float32(1.0)))
+    every = np.asarray(LIKELY(LOGITS, jnp.int32(V), jnp.float32(1.0), jnp.float32(0)))
     assert every.all()
-    assert LIKELY(LOGITS, jnp.int32(V), jnp.float32(1e-9)).sum() == 1
+    assert LIKELY(LOGITS, jnp.int32(V), jnp.float32(1e-9), jnp.float32(0)).sum() == 1
     flat = np.zeros((1, V), np.float32)
-    assert np.asarray(LIKELY(flat, jnp.int32(3), jnp.float32(1.0))).all()  # equally likely tokens are not told apart
+    assert np.asarray(
+        LIKELY(flat, jnp.int32(3), jnp.float32(1.0), jnp.float32(0))
+    ).all()  # equally likely tokens are not told apart
     certain = np.where(np.arange(V) == 7, 0, -np.inf)[None].astype(np.float32)
-    assert (np.flatnonzero(LIKELY(certain, jnp.int32(V), jnp.float32(0.9))) == [7]).all()
+    assert (np.flatnonzero(LIKELY(certain, jnp.int32(V), jnp.float32(0.9), jnp.float32(0))) == [7]).all()
+
+
+def test_draws_follow_what_min_p_leaves():
+    shares = softmax(LOGITS[0] / 1.5)
+    kept = shares >= 0.2 * shares.max()
+    assert 2 < kept.sum() < 20
+    assert_drawn_from(draws(20_000, temperature=1.5, min_p=0.2), np.where(kept, shares, 0) / shares[kept].sum())
+    assert (draws(50, temperature=5.0, min_p=1.0) == LOGITS[0].argmax()).all()
+
+
+def test_a_penalty_makes_what_was_said_less_likely():
+    held = np.arange(V) % 2 == 0
+    settings = Sampling(repetition_penalty=1.7).settings(1, V)
+
+    def penalised(logits):
+        return np.where(held, np.where(logits < 0, logits * 1.7, logits / 1.7), logits)
+
+    for logits in (LOGITS, LOGITS - 20):  # of either sign at the top
+        assert DRAW(logits, settings, jnp.int32(0), held[None]) == penalised(logits).argmax()
+    drawn = Sampling(temperature=1.0, repetition_penalty=1.7).settings(20_000, V)
+    tokens = DRAW(np.repeat(LOGITS, 20_000, 0), drawn, jnp.int32(0), np.repeat(held[None], 20_000, 0))
+    assert_drawn_from(np.asarray(tokens), softmax(penalised(LOGITS)[0]))
 
 
 def test_temperature_0_top_k_1_and_a_tiny_top_p_are_the_most_likely_token():
@@ -120,6 +144,8 @@ def test_steps_differ_and_rows_do_not_depend_on_their_neighbours():
         (dict(top_k=0), "top_k=0: expected at least 1"),
         (dict(top_p=0.0), "top_p=0.0: expected a share"),
         (dict(top_p=1.5), "top_p=1.5"),
+        (dict(min_p=-0.1), "min_p=-0.1: expected a share"),
+        (dict(repetition_penalty=0.0), "repetition_penalty=0.0"),
     ],
 )
 def test_values_out_of_range(options, message):
