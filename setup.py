@@ -59,6 +59,9 @@ setup(
     entry_points={
         "console_scripts": ["vishwamai=vishwamai.cli:main"],
         "vishwamai.families": [
+            "llama=vishwamai.models.llama:FAMILY",
+            "mistral=vishwamai.models.mistral:FAMILY",
+            "qwen2=vishwamai.models.qwen2:FAMILY",
             "qwen3=vishwamai.models.qwen3:FAMILY",
             "siglip=parsit_jax.models.siglip_family:FAMILY",
             "parsit=parsit_jax.models.parsit_family:FAMILY",

@@ -21,6 +21,9 @@ VISION = dict(
     vision_use_head=True,
 )  # fmt: skip
 MODELS = {
+    "llama": TEXT | dict(qk_norm=False, attention_bias="all", mlp_bias=True),
+    "mistral": TEXT | dict(qk_norm=False, sliding_window=5),
+    "qwen2": TEXT | dict(qk_norm=False, attention_bias="qkv", tie_word_embeddings=True),
     "qwen3": TEXT,
     "siglip": VISION,
     "parsit": dict(text=TEXT, vision=VISION, image_token_id=60, vision_feature_layer=-2),

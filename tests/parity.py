@@ -14,12 +14,31 @@ GRADIENT, VANISHING = (
 )  # largest difference, as a share of the tensor's and of the model's largest gradient
 
 
-def text_config(**changes):
-    """A Qwen3 with odd sizes and constants that are nobody's default."""
+DECODERS = {
+    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+    "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
+    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+}
+
+
+def decoder(family="qwen3", seed=0, **changes):
+    """A family's model with random weights."""
+    return randomised(DECODERS[family][1](text_config(family, **changes)), seed)
+
+
+def stretched(rope_type, **changes):
+    """Rotary positions of a model that was trained on 64 tokens first."""
+    before = {} if rope_type == "linear" else {"original_max_position_embeddings": 64}
+    return {"rope_parameters": {"rope_type": rope_type, "rope_theta": 10_000.0, "factor": 8.0, **before, **changes}}
+
+
+def text_config(family="qwen3", **changes):
+    """A decoder with odd sizes and constants that are nobody's default."""
     sizes = dict(vocab_size=199, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=8)
     heads = dict(num_key_value_heads=2, head_dim=12, rms_norm_eps=1e-3, tie_word_embeddings=True)
     rope = dict(rope_parameters={"rope_type": "default", "rope_theta": 500_000.0}, max_position_embeddings=4096)
-    return transformers.Qwen3Config(**{**sizes, **heads, **rope, **changes})
+    return DECODERS[family][0](**{**sizes, **heads, **rope, **changes})
 
 
 def vision_config(**changes):
@@ -55,10 +74,16 @@ def wakeful(model):
     """Sharp attention that outweighs the latest token: greedy text that runs in no circle, which could hide a fault."""
     model.get_input_embeddings().weight.data *= 0.1
     for layer in getattr(model.model, "language_model", model.model).layers:
-        layer.self_attn.q_norm.weight.data *= 5
+        sharp = [layer.self_attn.q_norm] if hasattr(layer.self_attn, "q_norm") else _queries_and_keys(layer)
+        for each in sharp:
+            each.weight.data *= 5
         layer.self_attn.o_proj.weight.data *= 8
         layer.mlp.down_proj.weight.data *= 8
     return model
+
+
+def _queries_and_keys(layer):
+    return layer.self_attn.q_proj, layer.self_attn.k_proj
 
 
 def saved(model, folder, **options):

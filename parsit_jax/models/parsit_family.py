@@ -8,6 +8,7 @@ from parsit_jax.models import siglip_family
 from parsit_jax.models.config import ImageMask, ParsitConfig, Pooling
 from parsit_jax.models.parsit import ParsitModel
 from vishwamai.config import ConfigError
+from vishwamai.convert import decoder
 from vishwamai.convert.hf_config import Reader, build
 from vishwamai.convert.layout import Layout, Naming, Row, inside, linear
 from vishwamai.families import Family
@@ -23,7 +24,7 @@ def rows(config: ParsitConfig) -> list[Row]:
     return [
         *inside(vision, "vision_tower.", "vision_tower."),
         *inside(projector, "multi_modal_projector.", "multi_modal_projector."),
-        *inside(qwen3.rows(config.text), "language_model.", "language_model."),
+        *inside(decoder.rows(config.text), "language_model.", "language_model."),
     ]
 
 
@@ -79,7 +80,7 @@ def _part(config: dict[str, Any]) -> dict[str, Any]:
 
 def unsupported(config: ParsitConfig, data: ParsitData | None = None) -> list[str]:
     """What a config asks for that `LlavaForConditionalGeneration` does not compute."""
-    found = []
+    found = [line.replace("model.", "model.text.", 1) for line in qwen3.FAMILY.layout.unsupported(config.text, None)]
     if config.pooling is not Pooling.NONE:
         found.append(f"model.pooling={config.pooling.value}: image features are not pooled there")
     if config.projector != "mlp2x_gelu":
@@ -121,7 +122,7 @@ def companions(config: ParsitConfig, tokenizer: VishwamAITokenizer) -> dict[str,
 
 def duplicates(config: ParsitConfig) -> dict[str, str]:
     """A tied output matrix that a file holds a second time."""
-    return {f"language_model.{a}": f"language_model.{b}" for a, b in qwen3.duplicates(config.text).items()}
+    return {f"language_model.{a}": f"language_model.{b}" for a, b in decoder.duplicates(config.text).items()}
 
 
 def batch_source(experiment, tokenizer):

@@ -1,4 +1,4 @@
-"""Our decoder against Transformers' Qwen3ForCausalLM: logits, loss and every gradient."""
+"""Our decoder against Transformers, family by family: logits, loss and every gradient."""
 
 import dataclasses
 
@@ -7,24 +7,45 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from parity import LOGITS, assert_close, assert_gradients, randomised, saved, text_config, torch, transformers
+from parity import LOGITS, assert_close, assert_gradients, decoder, saved, stretched, torch
 
 from vishwamai import VishwamAI
 from vishwamai.data.batch import text_batch
 from vishwamai.training.losses import next_token_loss
 
-KINDS = {
+QWEN3 = {
     "tied, 1:1": dict(tie_word_embeddings=True, num_key_value_heads=8),
     "tied, 8:1": dict(tie_word_embeddings=True, num_key_value_heads=1),
     "untied, 1:1": dict(tie_word_embeddings=False, num_key_value_heads=8),
     "untied, 8:1": dict(tie_word_embeddings=False, num_key_value_heads=1),
 }
+LLAMA3 = stretched("llama3", low_freq_factor=1.0, high_freq_factor=4.0)
+WINDOW = dict(use_sliding_window=True, sliding_window=9, max_window_layers=0)
+OTHERS = {  # what each family adds to the maths, once
+    "qwen3, biases, yarn": dict(attention_bias=True, **stretched("yarn", mscale=1.0, mscale_all_dim=0.5)),
+    "qwen3, window": dict(**WINDOW),
+    "qwen2": dict(family="qwen2"),
+    "qwen2, window, yarn": dict(family="qwen2", **WINDOW, **stretched("yarn", beta_fast=8.0)),
+    "llama": dict(family="llama", tie_word_embeddings=False, **LLAMA3),
+    "llama, biases, linear": dict(family="llama", attention_bias=True, mlp_bias=True, **stretched("linear")),
+    "mistral": dict(family="mistral", sliding_window=None),
+    "mistral, window": dict(family="mistral", sliding_window=7),
+}
 
 
-@pytest.fixture(scope="module", params=KINDS.values(), ids=KINDS.keys())
+def opened(kind, tmp_path_factory):
+    theirs = decoder(**kind)
+    return theirs, VishwamAI.from_pretrained(saved(theirs, tmp_path_factory.mktemp("decoder")))
+
+
+@pytest.fixture(scope="module", params=QWEN3.values(), ids=QWEN3.keys())
 def pair(request, tmp_path_factory):
-    theirs = randomised(transformers.Qwen3ForCausalLM(text_config(**request.param)))
-    return theirs, VishwamAI.from_pretrained(saved(theirs, tmp_path_factory.mktemp("qwen3")))
+    return opened(request.param, tmp_path_factory)
+
+
+@pytest.fixture(scope="module", params=OTHERS.values(), ids=OTHERS.keys())
+def other(request, tmp_path_factory):
+    return opened(request.param, tmp_path_factory)
 
 
 def tokens(rows, length, seed=0):
@@ -65,7 +86,24 @@ def test_a_long_prompt(pair):
 
 
 def test_loss_and_gradients(pair):
-    theirs, ours = pair
+    assert_same_gradients(*pair)
+
+
+def test_other_families_logits(other):
+    """With padding on either side; far longer than the window and than the context before stretching."""
+    theirs, ours = other
+    ids, mask = tokens(2, 300), np.ones((2, 300), int)
+    mask[0, :111], mask[1, 290:] = 0, 0
+    with torch.no_grad():
+        logits = theirs(torch.tensor(ids), attention_mask=torch.tensor(mask)).logits
+    assert_close(np.asarray(ours(ids, mask))[mask == 1], logits[torch.tensor(mask) == 1])
+
+
+def test_other_families_loss_and_gradients(other):
+    assert_same_gradients(*other)
+
+
+def assert_same_gradients(theirs, ours):
     ids, weights = tokens(2, 41), np.ones((2, 41), np.float32)
     weights[0, 5:19] = 0  # a prompt
     labels = torch.tensor(np.where(weights > 0, ids, -100))

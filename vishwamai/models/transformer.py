@@ -10,9 +10,10 @@ from jaxtyping import Array, Float, Int
 
 from kernels import Mask
 from vishwamai.data.batch import Batch
-from vishwamai.models.attention import Attention, KeysValues, KVCache, rotary
+from vishwamai.models.attention import Attention, KeysValues, KVCache
 from vishwamai.models.config import Remat, TextConfig
 from vishwamai.models.layers import Embedding, Linear, RMSNorm, few_rows, scan, stack, unstack
+from vishwamai.models.rope import rotary
 from vishwamai.parallel.sharding import constrain
 
 ACTIVATION = ("rows", None, None)  # rows over devices; what a row holds is whole on each
@@ -29,9 +30,10 @@ class SwiGLU(nnx.Module):
 
     def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
         width, inner, init = config.hidden_size, config.intermediate_size, initializers.normal(config.initializer_range)
-        self.gate_proj = Linear(width, inner, ("embed", "mlp"), rngs=rngs, init=init)
-        self.up_proj = Linear(width, inner, ("embed", "mlp"), rngs=rngs, init=init)
-        self.down_proj = Linear(inner, width, ("mlp", "embed"), rngs=rngs, init=init)
+        options = dict(rngs=rngs, init=init, bias=config.mlp_bias)
+        self.gate_proj = Linear(width, inner, ("embed", "mlp"), **options)
+        self.up_proj = Linear(width, inner, ("embed", "mlp"), **options)
+        self.down_proj = Linear(inner, width, ("mlp", "embed"), **options)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -77,7 +79,7 @@ class Transformer(nnx.Module):
         return self.embed_tokens(batch.tokens, dtype)
 
     def angles(self, positions: Int[Array, "B T"]) -> tuple[Array, Array]:
-        return rotary(positions, self.config.head_dim, self.config.rope_theta)
+        return rotary(positions, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
 
     def decoder(
         self,

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import yaml
 from hf_folders import (
+    MODELS,
+    TEXT,
     assert_same,
     make_run,
     model_config,
@@ -34,6 +36,9 @@ POSITION_IDS = {"vision_tower.vision_model.embeddings.position_ids": np.arange(1
 SOURCES = {
     "qwen3 in bfloat16": ("qwen3", "today", "bfloat16", {}, 10**9),
     "qwen3 in float32 shards": ("qwen3", "today", "float32", {}, 4000),
+    "llama in bfloat16 shards": ("llama", "today", "bfloat16", {}, 3000),
+    "mistral in float16": ("mistral", "today", "float16", {}, 10**9),
+    "qwen2 in bfloat16": ("qwen2", "today", "bfloat16", {}, 10**9),
     "siglip in float16": ("siglip", "today", "float16", {}, 10**9),
     "siglip as published": ("siglip", "vision_model", "float32", {}, 10**9),
     "siglip with its text tower": ("siglip", "vision_model", "float32", TEXT_TOWER, 10**9),
@@ -64,7 +69,7 @@ def test_there_and_back_is_equal_to_the_last_bit(tmp_path, case):
     assert_same(dict(open_source(tmp_path / "again").tensors), dict(open_source(tmp_path / "run").tensors))
 
 
-@pytest.mark.parametrize("family", ["qwen3", "siglip", "parsit"])
+@pytest.mark.parametrize("family", MODELS)
 def test_a_run_of_our_own_keeps_its_bits(tmp_path, family):
     config = model_config(family)
     parameters = make_run(tmp_path / "run", family, config)
@@ -165,13 +170,20 @@ def test_a_shape_that_the_config_does_not_have_is_named(tmp_path):
     "change, message",
     [
         ({"hidden_act": "gelu"}, "hidden_act='gelu' can't be computed here, expected 'silu'"),
-        ({"attention_bias": True}, "attention_bias=True"),
-        ({"use_sliding_window": True}, "use_sliding_window=True"),
-        ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types='sliding_attention'"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope_scaling: type='yarn'"),
-        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "rope_parameters: rope_type='linear'"),
+        ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
+        ({"attention_bias": True}, "self_attn.q_proj.bias is missing"),
+        ({"use_sliding_window": True, "max_window_layers": 1}, "layers of full_attention and sliding_attention"),
+        ({"layer_types": ["sliding_attention"] * 2}, "use_sliding_window=False with layers of sliding_attention"),
+        ({"rope_scaling": {"type": "longrope", "factor": 4.0}}, "rope_scaling: type='longrope' can't be computed"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "rope_parameters: rope_type='dynamic'"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 0.5}},
+            "rope_parameters: factor: .* greater than or equal",
+        ),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ({"quantization_config": {"quant_method": "fp8"}}, "holds quantised weights"),
-        ({"architectures": ["Qwen2ForCausalLM"]}, "no family reads the architecture 'Qwen2ForCausalLM'"),
+        ({"architectures": ["GPT2LMHeadModel"]}, "no family reads the architecture 'GPT2LMHeadModel'; known: .*Llama"),
+        ({"model_type": "qwen2"}, "model_type='qwen2' can't be computed here, expected 'qwen3'"),
         ({"architectures": None}, "names no `architectures`"),
         ({"num_key_value_heads": 3}, "num_attention_heads=4 is not a multiple of num_key_value_heads=3"),
     ],
@@ -193,6 +205,10 @@ def test_older_configs_mean_what_they_meant():
     }
     assert layout.read_config(old).rope_theta == 1e6
     assert layout.read_config({"num_key_value_heads": None, "num_attention_heads": 8}).num_key_value_heads == 8
+    stretched = layout.read_config(old | {"rope_scaling": {"type": "linear", "factor": 4}})
+    assert (stretched.rope_theta, stretched.rope_scaling.rope_type, stretched.rope_scaling.factor) == (1e6, "linear", 4)
+    yarn = layout.read_config(old | {"max_position_embeddings": 99, "rope_scaling": {"type": "yarn", "factor": 4}})
+    assert yarn.rope_scaling.original_max_position_embeddings == 99  # as in Transformers
     vision = families.get("siglip").layout.read_config({"vision_config": {}, "model_type": "siglip"})
     assert (vision.hidden_size, vision.image_size, vision.vision_use_head) == (768, 224, True)
 
@@ -223,6 +239,22 @@ def test_export_refuses_what_transformers_does_not_compute(tmp_path):
     with pytest.raises(ConfigError, match="(?s)LlavaForConditionalGeneration does not compute.*pooling.*image_mask"):
         to_hf(tmp_path / "run", tmp_path / "exported")
     assert not (tmp_path / "exported").exists()
+
+
+@pytest.mark.parametrize(
+    "family, part, message",
+    [
+        ("qwen3", {"qk_norm": False}, "Qwen3ForCausalLM does not compute.*model.qk_norm=False"),
+        ("qwen2", {"attention_bias": "none"}, "model.attention_bias=none: Qwen2ForCausalLM has qkv"),
+        ("llama", {"sliding_window": 4}, "model.sliding_window=4: LlamaForCausalLM has None"),
+        ("mistral", {"mlp_bias": True}, "model.mlp_bias=True"),
+        ("parsit", {"text": TEXT | {"mlp_bias": True}}, "model.text.mlp_bias=True: Qwen3ForCausalLM has False"),
+    ],
+)
+def test_export_refuses_a_decoder_of_another_family(tmp_path, family, part, message):
+    make_run(tmp_path / "run", family, model_config(family, **part))
+    with pytest.raises(ConfigError, match=f"(?s){message}"):
+        to_hf(tmp_path / "run", tmp_path / "exported")
 
 
 def test_export_refuses_images_of_a_size_that_the_positions_do_not_stand_for(tmp_path):
@@ -297,7 +329,7 @@ def test_a_hub_that_cannot_be_reached_is_a_clear_error(monkeypatch):
 
 def test_another_familys_weights_are_refused(tmp_path):
     write_folder(tmp_path, "siglip")
-    with pytest.raises(ConfigError, match="holds a siglip, expected a qwen3"):
+    with pytest.raises(ConfigError, match="holds a siglip, expected a llama or mistral or qwen2 or qwen3"):
         VishwamAI.from_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="dtype 'float8' is not one of float32, bfloat16"):
         VishwamAI.from_pretrained(tmp_path, dtype="float8")

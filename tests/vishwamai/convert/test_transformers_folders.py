@@ -1,18 +1,24 @@
 """Folders that Transformers wrote, there and back: the same tensors, types and files."""
 
 import json
+from functools import partial
 
 import pytest
 from hf_folders import assert_same, read_folder
-from parity import llava_config, randomised, saved, text_config, torch, transformers, vision_config
+from parity import DECODERS, llava_config, randomised, saved, stretched, text_config, torch, transformers, vision_config
 
+from vishwamai import families
 from vishwamai.convert.from_hf import from_hf
 from vishwamai.convert.to_hf import to_hf
 from vishwamai.convert.weights import INDEX
 
 MODELS = {
-    "qwen3": (transformers.Qwen3ForCausalLM, lambda: text_config(tie_word_embeddings=False)),
+    **{name: (model, partial(text_config, name, tie_word_embeddings=False)) for name, (_, model) in DECODERS.items()},
     "qwen3 tied": (transformers.Qwen3ForCausalLM, text_config),
+    "llama with biases": (
+        transformers.LlamaForCausalLM,
+        partial(text_config, "llama", attention_bias=True, mlp_bias=True, **stretched("yarn")),
+    ),
     "siglip": (transformers.SiglipVisionModel, vision_config),
     "llava": (transformers.LlavaForConditionalGeneration, lambda: llava_config(vision_feature_layer=-2)),
 }
@@ -36,3 +42,10 @@ def test_there_and_back(tmp_path, kind, config, dtype):
     again = kind.from_pretrained(tmp_path / "back", dtype=dtype)
     for (name, theirs), ours in zip(model.named_parameters(), again.parameters(), strict=True):
         assert torch.equal(theirs, ours), name
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_keys_left_out_mean_what_they_mean_there(name):
+    config = DECODERS[name][0]()
+    layout = families.get(name).layout
+    assert layout.read_config({"model_type": config.model_type}) == layout.read_config(config.to_dict())

@@ -2,18 +2,24 @@
 
 import numpy as np
 import pytest
-from parity import randomised, saved, text_config, torch, transformers, wakeful
+from parity import decoder, saved, stretched, torch, wakeful
 
 from vishwamai import VishwamAI
 from vishwamai.data.batch import text_batch
 from vishwamai.generation import generate
 
+KINDS = {
+    "qwen3, tied 4:1": {},
+    "qwen3, untied 8:1": dict(tie_word_embeddings=False, num_key_value_heads=1),
+    "qwen2": dict(family="qwen2"),
+    "llama": dict(family="llama", seed=5, **stretched("llama3", low_freq_factor=1.0, high_freq_factor=4.0)),
+    "mistral": dict(family="mistral", sliding_window=7),
+}
 
-@pytest.mark.parametrize(
-    "changes", [{}, dict(tie_word_embeddings=False, num_key_value_heads=1)], ids=["tied 4:1", "untied 8:1"]
-)
-def test_greedy_tokens_equal_transformers(changes, tmp_path):
-    theirs = wakeful(randomised(transformers.Qwen3ForCausalLM(text_config(**changes)), seed=4))
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
+def test_greedy_tokens_equal_transformers(kind, tmp_path):
+    theirs = wakeful(decoder(**{"seed": 4, **kind}))
     ours = VishwamAI.from_pretrained(saved(theirs, tmp_path))
     ids = np.random.default_rng(0).integers(1, 199, (4, 19))
     mask = np.ones_like(ids)

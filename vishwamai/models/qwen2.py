@@ -1,0 +1,40 @@
+"""Qwen2 and Qwen2.5 (`Qwen2ForCausalLM`): biases on queries, keys and values."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from vishwamai.convert.decoder import decoder_family, read_decoder, read_window, write_decoder
+from vishwamai.convert.hf_config import Reader
+from vishwamai.models.config import AttentionBias, TextConfig
+
+DEFAULTS = dict(
+    vocab_size=151936, hidden_size=4096, intermediate_size=22016, num_hidden_layers=32, num_attention_heads=32,
+    num_key_value_heads=32, max_position_embeddings=32768, rms_norm_eps=1e-6, tie_word_embeddings=False,
+    initializer_range=0.02,
+)  # fmt: skip
+
+
+def read_config(source: Mapping[str, Any], where: str = "config.json") -> TextConfig:
+    """A TextConfig from a `qwen2` config.json. Raises ConfigError for what the decoder doesn't compute."""
+    reader = Reader(source, where)
+    reader.insist("model_type", ["qwen2"], "this is no Qwen2 text model")
+    window = read_window(reader, reader.get("num_hidden_layers", DEFAULTS["num_hidden_layers"]))
+    own = dict(qk_norm=False, attention_bias=AttentionBias.QKV, sliding_window=window)
+    return read_decoder(reader, DEFAULTS, **own)
+
+
+def write_config(config: TextConfig) -> dict[str, Any]:
+    """A config.json that Transformers opens as `Qwen2ForCausalLM`."""
+    window = config.sliding_window
+    own = {"use_sliding_window": window is not None}
+    own |= {} if window is None else {"sliding_window": window, "max_window_layers": 0}
+    return write_decoder(config, "Qwen2ForCausalLM", "qwen2", **own)
+
+
+FAMILY = decoder_family(
+    "qwen2",
+    "Qwen2ForCausalLM",
+    read_config,
+    write_config,
+    dict(qk_norm=(False,), attention_bias=(AttentionBias.QKV,), mlp_bias=(False,)),
+)
