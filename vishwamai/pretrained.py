@@ -199,8 +199,9 @@ class VishwamAI(Pretrained):
         while True:
             generation.advance(shown + every)
             if strings:
-                rows = enumerate(generation.tokens)
-                found = {row: length_with(ids, strings, self.tokenizer.decode, shown) for row, ids in rows}
+                tokens, decode = generation.tokens, self.tokenizer.decode
+                new = {row: tokens[row, :length] for row, length in enumerate(generation.lengths) if length > shown}
+                found = {row: length_with(answer, strings, decode, shown) for row, answer in new.items()}
                 generation.cut({row: length for row, length in found.items() if length is not None})
             yield generation.tokens[:, shown:]
             shown += every

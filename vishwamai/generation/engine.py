@@ -97,13 +97,17 @@ class Generation:
     @property
     def tokens(self) -> Int[np.ndarray, "B M"]:
         """What there is so far, as wide as the longest row."""
-        return np.asarray(self.state.tokens)[:, : int(self.state.length.max())]
+        return np.asarray(self.state.tokens)[:, : self.lengths.max()]
+
+    @property
+    def lengths(self) -> Int[np.ndarray, " B"]:
+        """How many tokens each row has, its end included."""
+        return np.asarray(self.state.length)
 
     @property
     def answers(self) -> list[Int[np.ndarray, " M"]]:
         """The tokens of each row without the end that it produced, and without what pads."""
-        tokens, lengths = self.tokens, np.asarray(self.state.length)
-        rows = [row[:length] for row, length in zip(tokens, lengths, strict=True)]
+        rows = [row[:length] for row, length in zip(self.tokens, self.lengths, strict=True)]
         return [row[:-1] if row[-1] in self._end_ids else row for row in rows]
 
     @property
