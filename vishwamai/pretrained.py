@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from vishwamai import experiment, families
 from vishwamai.config import ConfigError, read_yaml
+from vishwamai.convert.folder import CARRIED
 from vishwamai.convert.source import open_source
 from vishwamai.data.batch import Batch, text_batch
 from vishwamai.experiment import DType, Experiment
@@ -134,12 +135,15 @@ class VishwamAI(Pretrained):
 
     @cached_property
     def end_ids(self) -> list[int]:
-        """What ends an answer, by generation_config.json, else config.json, else the tokenizer, else nothing."""
+        """What ends an answer, by generation_config.json, else config.json, else the tokenizer, else nothing.
+
+        A run that was converted carries its source's. Raises ConfigError for a file that is no JSON object.
+        """
         for name in ("generation_config.json", "config.json"):
-            path = self.folder / name
-            found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
-            if found is not None:
-                return [found] if isinstance(found, int) else list(found)
+            for path in (self.folder / name, self.folder / CARRIED / name):
+                found = _json_object(path).get("eos_token_id") if path.is_file() else None
+                if found is not None:
+                    return [found] if isinstance(found, int) else list(found)
         try:
             return list(self.tokenizer.eos_token_ids)
         except FileNotFoundError:
@@ -207,6 +211,16 @@ class VishwamAI(Pretrained):
             shown += every
             if generation.done:
                 return
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} holds {type(found).__name__}, expected an object")
+    return found
 
 
 def checked_ids(input_ids: Int[Array, "B T"], vocab_size: int) -> np.ndarray:

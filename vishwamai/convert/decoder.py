@@ -105,6 +105,13 @@ def read_window(reader: Reader, layers: int) -> int | None:
     return reader.get("sliding_window", 4096)
 
 
+def write_window(config: TextConfig) -> dict[str, Any]:
+    """The keys that `read_window` reads."""
+    window = config.sliding_window
+    keys = {} if window is None else {"sliding_window": window, "max_window_layers": 0}
+    return {"use_sliding_window": window is not None, **keys}
+
+
 def write_decoder(config: TextConfig, architecture: str, model_type: str, **own: Any) -> dict[str, Any]:
     """A config.json that Transformers opens as `architecture`."""
     scaling = config.rope_scaling

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from vishwamai.convert.decoder import decoder_family, read_decoder, read_window, write_decoder
+from vishwamai.convert.decoder import decoder_family, read_decoder, read_window, write_decoder, write_window
 from vishwamai.convert.hf_config import Reader
 from vishwamai.models.config import AttentionBias, TextConfig
 
@@ -25,10 +25,7 @@ def read_config(source: Mapping[str, Any], where: str = "config.json") -> TextCo
 
 def write_config(config: TextConfig) -> dict[str, Any]:
     """A config.json that Transformers opens as `Qwen2ForCausalLM`."""
-    window = config.sliding_window
-    own = {"use_sliding_window": window is not None}
-    own |= {} if window is None else {"sliding_window": window, "max_window_layers": 0}
-    return write_decoder(config, "Qwen2ForCausalLM", "qwen2", **own)
+    return write_decoder(config, "Qwen2ForCausalLM", "qwen2", **write_window(config))
 
 
 FAMILY = decoder_family(

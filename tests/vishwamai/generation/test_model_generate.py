@@ -10,6 +10,8 @@ from hf_folders import write_folder
 
 from vishwamai import VishwamAI
 from vishwamai.cli import main
+from vishwamai.config import ConfigError
+from vishwamai.convert.from_hf import from_hf
 from vishwamai.models.config import TextConfig
 
 TOKENIZER = Path(__file__).parents[3] / "configs" / "tokenizers" / "parsit_tiny"
@@ -67,6 +69,20 @@ def test_a_row_stops_at_the_checkpoints_end_or_at_what_it_is_told(model):
         np.testing.assert_array_equal(model.generate(PROMPTS[:2], max_new_tokens=20)[:, 5:], got)
     finally:
         del model.__dict__["end_ids"]
+
+
+def test_a_converted_run_ends_where_its_source_does(model, tmp_path):
+    from_hf(model.folder, tmp_path / "run")
+    assert VishwamAI.from_pretrained(tmp_path / "run").end_ids == [5, 388]
+
+
+@pytest.mark.parametrize("text, message", [("{", "is not valid JSON"), ("[1]", "holds list, expected an object")])
+def test_a_broken_generation_config_is_named(model, tmp_path, text, message):
+    folder = tmp_path / "broken"
+    shutil.copytree(model.folder, folder)
+    (folder / "generation_config.json").write_text(text)
+    with pytest.raises(ConfigError, match=f"generation_config.json {message}"):
+        VishwamAI.from_pretrained(folder).generate([[3]], max_new_tokens=2)
 
 
 def test_a_row_stops_where_its_text_holds_a_string(model):
