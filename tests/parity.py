@@ -107,7 +107,7 @@ def assert_gradients(ours: nnx.State, model, rows, spell=lambda name: name):
     compared = set()
     for row in rows:
         names = [ours.replace(".{layer}", "") for ours in row.ours]
-        for layer, theirs in row.pairs():
+        for layer, _, theirs in row.pairs():
             grad = expected.pop(spell(theirs))
             if grad is None:
                 assert not any(np.any(flat[name]) for name in names if name in flat), (

@@ -44,11 +44,11 @@ def rows(config: VisionConfig, run_layers: int | None = None) -> list[Row]:
         ),
         Row(("embeddings.patch_embedding.bias",), "embeddings.patch_embedding.bias"),
         _positions(config),
-        *inside(layer, "layers.{layer}.", "encoder.layers.{layer}.", layers=run),
+        *inside(layer, "layers.{layer}.", "encoder.layers.{layer}.", layers=range(run)),
         *norm("post_layernorm", "post_layernorm", bias=True),
     ]
     if unused := config.num_hidden_layers - run:
-        table += inside(layer, "unused_layers.{layer}.", "encoder.layers.{layer}.", layers=unused, first=run)
+        table += inside(layer, "unused_layers.{layer}.", "encoder.layers.{layer}.", layers=range(run, run + unused))
     return table + (_head() if config.vision_use_head else [])
 
 

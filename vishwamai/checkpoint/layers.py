@@ -73,8 +73,18 @@ def _names(parts: list[str], leaf: Any) -> list[str]:
     layers = _layers(leaf)
     if not layers:
         return [".".join(parts)]
-    # A stack of layers lies under a name that says so: `layers`, `unused_layers`.
+    return [name_in_stack(parts, i) for i in range(layers)]
+
+
+def name_in_stack(parts: list[str], index: int) -> str:
+    """The name of one layer's array of a stack that lies at a path.
+
+    The path says which layers those are: `layers` and `unused_layers` stack 0, 1, 2, ..., `layers.5::6` stacks layers
+    5, 11, 17, ... (see models.pattern). Raises ValueError for a path that says nothing.
+    """
     at = max((i for i, part in enumerate(parts) if part.endswith("layers")), default=None)
     if at is None:
         raise ValueError(f"{'.'.join(parts)} is stacked, but no part of its name ends with 'layers'")
-    return [".".join([*parts[: at + 1], str(i), *parts[at + 1 :]]) for i in range(layers)]
+    first, strided, step = parts[at + 1].partition("::")
+    number = int(first) + index * int(step) if strided else index
+    return ".".join([*parts[: at + 1], str(number), *parts[at + 1 + bool(strided) :]])

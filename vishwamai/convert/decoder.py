@@ -5,10 +5,11 @@ from typing import Any
 
 from vishwamai.config import ConfigError
 from vishwamai.convert.hf_config import Reader, build
-from vishwamai.convert.layout import Layout, Row, inside, linear, norm
+from vishwamai.convert.layout import LAYER, Layout, Row, inside, linear, norm
 from vishwamai.data.text import TextData, batch_source
 from vishwamai.families import Family
 from vishwamai.models.config import RopeScaling, RopeType, TextConfig
+from vishwamai.models.pattern import find_pattern, parts_of
 from vishwamai.models.transformer import Transformer
 
 SIZES = (
@@ -27,20 +28,28 @@ ROPE_KEYS = {  # what each kind of scaling has in config.json, beside rope_type 
 
 def rows(config: TextConfig) -> list[Row]:
     """The name table."""
-    on_inputs, on_output = config.attention_bias.of_layers
-    layer = norm("input_layernorm", "input_layernorm") + norm("post_attention_layernorm", "post_attention_layernorm")
-    for name in ("q_proj", "k_proj", "v_proj"):
-        layer += linear(f"self_attn.{name}", f"self_attn.{name}", on_inputs)
-    layer += linear("self_attn.o_proj", "self_attn.o_proj", on_output)
-    for name in ("q_norm", "k_norm") if config.qk_norm else ():
-        layer += norm(f"self_attn.{name}", f"self_attn.{name}")
-    for name in ("gate_proj", "up_proj", "down_proj"):
-        layer += linear(f"mlp.{name}", f"mlp.{name}", config.mlp_bias)
+    layers = []
+    for ours, stack in parts_of(find_pattern(config.kinds)):
+        numbers = stack.numbers if stack.stacked else None
+        theirs = LAYER if stack.stacked else stack.name
+        layers += inside(_layer(config), f"{ours}.", f"model.layers.{theirs}.", layers=numbers)
     return [
         Row(("embed_tokens.embedding",), "model.embed_tokens.weight"),
-        *inside(layer, "layers.{layer}.", "model.layers.{layer}.", layers=config.num_hidden_layers),
+        *layers,
         *norm("norm", "model.norm"),
         *([] if config.tie_word_embeddings else linear("lm_head", "lm_head")),
+    ]
+
+
+def _layer(config: TextConfig) -> list[Row]:
+    on_inputs, on_output = config.attention_bias.of_layers
+    norms = ["input_layernorm", "post_attention_layernorm"]
+    norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"] if config.sandwich_norms else []
+    norms += ["self_attn.q_norm", "self_attn.k_norm"] if config.qk_norm else []
+    linears = {f"self_attn.{name}_proj": on_inputs for name in "qkv"} | {"self_attn.o_proj": on_output}
+    linears |= {f"mlp.{name}_proj": config.mlp_bias for name in ("gate", "up", "down")}
+    return [row for name in norms for row in norm(name, name)] + [
+        row for name, bias in linears.items() for row in linear(name, name, bias)
     ]
 
 

@@ -105,7 +105,7 @@ def _same_family(opened: Source, name: str, where: str) -> None:
 def _same_parameters(opened: Source, part: str, rows: list[Row], where: str) -> None:
     """Raises ConfigError where a part has parameters or layers that the config's doesn't have, or the other way."""
     own = [row for row in opened.family.layout.rows(opened.config) if row.ours[0].startswith(f"{part}.")]
-    theirs, ours = ({name: row.layers or 1 for row in table for name in row.ours} for table in (own, rows))
+    theirs, ours = ({name: len(row.layers or [0]) for row in table for name in row.ours} for table in (own, rows))
     lines = [
         f"  {name}: the weights have {theirs.get(name, 0)}, the config makes it {ours.get(name, 0)}"
         for name in theirs | ours

@@ -2,13 +2,13 @@
 
 import dataclasses
 import fnmatch
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-LAYER = "{layer}"
+LAYER, EXPERT = "{layer}", "{expert}"
 
 
 @dataclass(frozen=True)
@@ -46,22 +46,31 @@ class Row:
     ours:      dotted paths of our parameters (one, unless the transform joins several); `{layer}` is the place in a
                stack, which is the parameter's first axis in memory
     theirs:    the name in a safetensors file, in the layout that Transformers writes today
-    layers:    how many layers the stack has; None for a parameter outside the stacks
-    first:     the number that they give to our layer 0 (stacks that continue another one)
+    layers:    the numbers that they give to the layers of our stack; None for a parameter outside the stacks
+    experts:   how many tensors of theirs, each named with `{expert}`, are one array of ours, on its first axis
     """
 
     ours: tuple[str, ...]
     theirs: str
     transform: Transform = SAME
-    layers: int | None = None
-    first: int = 0
+    layers: range | None = None
+    experts: int | None = None
 
-    def pairs(self) -> Iterator[tuple[int | None, str]]:
-        """(layer in our stack, their name) of every tensor that the row speaks of."""
-        if self.layers is None:
-            yield None, self.theirs
-        for layer in range(self.layers or 0):
-            yield layer, self.theirs.replace(LAYER, str(layer + self.first))
+    @property
+    def places(self) -> Sequence[int | None]:
+        """The layers of our stack."""
+        return [None] if self.layers is None else range(len(self.layers))
+
+    def names(self, layer: int | None) -> list[str]:
+        """Their names of what makes one of our arrays: one, or one for each expert."""
+        name = self.theirs if layer is None else self.theirs.replace(LAYER, str(self.layers[layer]))
+        return [name] if self.experts is None else [name.replace(EXPERT, str(i)) for i in range(self.experts)]
+
+    def pairs(self) -> Iterator[tuple[int | None, int | None, str]]:
+        """(layer in our stack, expert in its array, their name) of every tensor that the row speaks of."""
+        for layer in self.places:
+            for expert, name in enumerate(self.names(layer)):
+                yield layer, None if self.experts is None else expert, name
 
 
 def linear(ours: str, theirs: str, bias: bool = False) -> list[Row]:
@@ -76,7 +85,7 @@ def norm(ours: str, theirs: str, bias: bool = False) -> list[Row]:
     return rows + ([Row((f"{ours}.bias",), f"{theirs}.bias")] if bias else [])
 
 
-def inside(rows: Iterable[Row], ours: str, theirs: str, layers: int | None = None, first: int = 0) -> list[Row]:
+def inside(rows: Iterable[Row], ours: str, theirs: str, layers: range | None = None) -> list[Row]:
     """The same rows behind a prefix on either side; `layers` says that the prefixes hold a stack."""
     return [
         dataclasses.replace(
@@ -84,7 +93,6 @@ def inside(rows: Iterable[Row], ours: str, theirs: str, layers: int | None = Non
             ours=tuple(ours + name for name in row.ours),
             theirs=theirs + row.theirs,
             layers=row.layers if layers is None else layers,
-            first=row.first or first,
         )
         for row in rows
     ]
@@ -133,7 +141,7 @@ class Layout:
 
     def names(self, config: Any) -> list[str]:
         """Every name of theirs that the model has, in today's spelling."""
-        return [theirs for row in self.rows(config) for _, theirs in row.pairs()]
+        return [theirs for row in self.rows(config) for *_, theirs in row.pairs()]
 
     def naming_of(self, config: Any, found: Collection[str]) -> Naming:
         """The spelling that explains most of the names found in a checkpoint."""

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
+from vishwamai.checkpoint.layers import name_in_stack
 from vishwamai.config import ConfigError
 from vishwamai.convert.layout import LAYER, Layout, Naming, Row
 from vishwamai.convert.weights import Weights
@@ -27,7 +28,7 @@ def state_path(ours: str) -> tuple[str, ...]:
 
 def layer_name(ours: str, layer: int | None) -> str:
     """What a checkpoint of a run calls one layer's array."""
-    return ours.replace(LAYER, str(layer))
+    return ours if layer is None else name_in_stack(list(state_path(ours)), layer)
 
 
 class Tensors(Mapping):
@@ -59,13 +60,14 @@ def published_tensors(weights: Weights, layout: Layout, config: Any, naming: Nam
 def exported_tensors(where: str, rows: list[Row], fetch: Fetch) -> Tensors:
     """Our parameters as tensors under today's names, each made when it is asked for."""
 
-    def make(row: Row, layer: int | None) -> Callable[[], np.ndarray]:
-        return lambda: row.transform.to_theirs(*(fetch(ours, layer) for ours in row.ours))
+    def make(row: Row, layer: int | None, expert: int | None) -> Callable[[], np.ndarray]:
+        part = () if expert is None else expert
+        return lambda: row.transform.to_theirs(*(fetch(ours, layer)[part] for ours in row.ours))
 
-    found = [(row, layer, theirs) for row in rows for layer, theirs in row.pairs()]
+    found = [(row, *pair) for row in rows for pair in row.pairs()]
     # Wide types first: then every tensor of a file lies at a multiple of its own width, whatever is mixed.
     found.sort(key=lambda item: -fetch(item[0].ours[0], item[1]).itemsize)
-    return Tensors(where, {theirs: make(row, layer) for row, layer, theirs in found})
+    return Tensors(where, {theirs: make(row, layer, expert) for row, layer, expert, theirs in found})
 
 
 def read_parameters(
@@ -82,13 +84,20 @@ def read_parameters(
         path = state_path(row.ours[0])
         shape = flat[path].get_value().shape
         shape = shape if row.layers is None else shape[1:]
-        arrays = [_read(tensors, theirs, row, shape) for _, theirs in row.pairs()]
+        arrays = [_read(tensors, row, layer, shape) for layer in row.places]
         array = arrays[0] if row.layers is None else np.stack(arrays)
         found.append((path, flat[path].replace(np.ascontiguousarray(array, dtype))))
     return found
 
 
-def _read(tensors: Tensors, name: str, row: Row, shape: tuple[int, ...]) -> np.ndarray:
+def _read(tensors: Tensors, row: Row, layer: int | None, shape: tuple[int, ...]) -> np.ndarray:
+    """One array of ours. Raises ConfigError where a tensor is missing or of another shape."""
+    if row.experts is None:
+        return _read_tensor(tensors, row.names(layer)[0], row, shape)
+    return np.stack([_read_tensor(tensors, name, row, shape[1:]) for name in row.names(layer)])
+
+
+def _read_tensor(tensors: Tensors, name: str, row: Row, shape: tuple[int, ...]) -> np.ndarray:
     if row.transform.to_ours is None:
         raise ConfigError(
             f"{tensors.where}: {name} is the sum of {' and '.join(row.ours)}, which can't be told apart again: "

@@ -104,7 +104,7 @@ class Run(Source):
         for row in self.family.layout.rows(self.config):
             for ours in row.ours:
                 # Taken out as they are stacked: the model is never in memory twice.
-                parts = [np.asarray(arrays.pop(layer_name(ours, layer)), dtype) for layer, _ in row.pairs()]
+                parts = [np.asarray(arrays.pop(layer_name(ours, layer)), dtype) for layer in row.places]
                 array = parts[0] if row.layers is None else np.stack(parts)
                 found.append((state_path(ours), flat[state_path(ours)].replace(array)))
         return nnx.from_flat_state(found)

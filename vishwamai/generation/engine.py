@@ -18,8 +18,7 @@ from jaxtyping import Array, Bool, Int
 from vishwamai.data.batch import Batch
 from vishwamai.generation.prompts import bucket, extended_left
 from vishwamai.generation.sampling import GREEDY, Sampling, Settings, sample
-from vishwamai.models.attention import KVCache
-from vishwamai.models.layers import unstack
+from vishwamai.models.cache import KVCache
 
 
 @jax.tree_util.register_dataclass
@@ -172,7 +171,7 @@ def _start(graph, shape, dtype, parameters: nnx.State, batch: Batch, settings: S
         count=jnp.int32(1),
         held=_with(held, token),
     )
-    return unstack(decoder.layers), state
+    return decoder.one_by_one(), state
 
 
 def _with(held: Bool[Array, "B V"] | None, token: Int[Array, " B"]) -> Bool[Array, "B V"] | None:
@@ -185,7 +184,7 @@ def _continue(graph, dtype, parameters, layers, state: Decoding, limit, settings
     decoder = nnx.merge(graph, parameters).language_model
 
     def one_more(state: Decoding) -> Decoding:
-        x = decoder.embed_tokens(state.token[:, None], dtype)
+        x = decoder.embed_ids(state.token[:, None], dtype)
         mask = state.cache.mask(state.segment_id[:, None])
         x, cache = decoder.decoder(x, state.position[:, None], mask, state.cache, layers=layers)
         token = sample(decoder.unembed(x[:, 0]), settings, state.count, state.held)

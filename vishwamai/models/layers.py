@@ -66,15 +66,24 @@ class Embedding(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """x / rms(x) * scale (Zhang & Sennrich 2019), statistics in float32."""
+    """x / rms(x) * scale (Zhang & Sennrich 2019), statistics in float32.
 
-    def __init__(self, features: int, eps: float, *, rngs: nnx.Rngs, axis: str = "norm"):
-        self.scale = parameter(rngs, (features,), (axis,), initializers.ones)
+    `zero_centered`: times 1 + scale, a product in float32 too (as Gemma's models are trained).
+    """
+
+    def __init__(
+        self, features: int, eps: float, *, rngs: nnx.Rngs, axis: str = "norm", zero_centered: bool = False
+    ):
+        start = initializers.zeros if zero_centered else initializers.ones
+        self.scale = parameter(rngs, (features,), (axis,), start)
         self.eps = eps
+        self.zero_centered = zero_centered
 
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        if self.zero_centered:
+            return (wide * (1 + self.scale[...].astype(jnp.float32))).astype(x.dtype)
         return wide.astype(x.dtype) * self.scale[...].astype(x.dtype)
 
 
@@ -98,10 +107,13 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], layers: int, rngs: nnx.Rngs) -
     return nnx.vmap(make, in_axes=0, out_axes=0)(rngs.split(layers))
 
 
-def scan(layers: nnx.Module, body: Callable, carry, inputs=None, checkpoint: Callable | None = None):
+def scan(
+    layers: nnx.Module, body: Callable, carry, inputs=None, checkpoint: Callable | None = None, layers_a_turn: int = 1
+):
     """Runs `body(layer, carry, input) -> (carry, output)` over stacked layers; compile time does not grow with depth.
 
-    `checkpoint` wraps the body (jax.checkpoint with a policy). Returns (carry, stacked outputs).
+    `checkpoint` wraps the body (jax.checkpoint with a policy). `layers` may be a list of `layers_a_turn` stacks, whose
+    layers the body takes together. Returns (carry, stacked outputs).
     """
     graph, state = nnx.split(layers)
 
@@ -110,18 +122,19 @@ def scan(layers: nnx.Module, body: Callable, carry, inputs=None, checkpoint: Cal
         return body(nnx.merge(graph, layer_state), carry, given)
 
     # A loop on CPU copies each layer's weights and residuals in and out: a few layers a turn train 1.2 times as fast.
-    unroll = 4 if jax.default_backend() == "cpu" else 1
+    unroll = max(1, 4 // layers_a_turn) if jax.default_backend() == "cpu" else 1
     return jax.lax.scan(checkpoint(step) if checkpoint else step, carry, (state, inputs), unroll=unroll)
 
 
-def unstack(layers: nnx.Module) -> list[nnx.Module]:
+def unstack(layers: nnx.Module, stacked: bool = True) -> list[nnx.Module]:
     """The layers of a stack one by one, to decode with: a slice of the stack would be copied in each turn of a loop.
 
     On the CPU their linear layers' kernels are turned to [out, in], as `few_rows` wants them.
     """
     graph, state = nnx.split(layers)
     depth = jax.tree.leaves(state)[0].shape[0]
-    unstacked = [nnx.merge(graph, jax.tree.map(lambda x, i=i: x[i], state)) for i in range(depth)]
+    each = [jax.tree.map(lambda x, i=i: x[i], state) for i in range(depth)] if stacked else [state]
+    unstacked = [nnx.merge(graph, state) for state in each]
     if jax.default_backend() == "cpu":
         for _, module in nnx.iter_graph(unstacked):
             if isinstance(module, Linear):

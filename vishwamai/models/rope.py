@@ -8,7 +8,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from vishwamai.models.config import RopeScaling, RopeType
+from vishwamai.models.config import LayerType, RopeScaling, RopeType
+
+# What `rotate` wants, of each kind of attention.
+Angles = dict[LayerType, tuple[Array, Array]]
 
 
 def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> tuple[np.ndarray, float]:

@@ -1,6 +1,7 @@
 """The decoder: embed -> layers -> unembed. Document models change only how embeddings are made."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,13 @@ from jaxtyping import Array, Float, Int
 
 from kernels import Mask
 from vishwamai.data.batch import Batch
-from vishwamai.models.attention import Attention, KeysValues, KVCache
-from vishwamai.models.config import Remat, TextConfig
-from vishwamai.models.layers import Embedding, Linear, RMSNorm, few_rows, scan, stack, unstack
-from vishwamai.models.rope import rotary
+from vishwamai.models.attention import Attention
+from vishwamai.models.cache import KeysValues, KVCache, filled
+from vishwamai.models.config import LayerKind, LayerType, Remat, TextConfig
+from vishwamai.models.layers import Embedding, Linear, RMSNorm, few_rows
+from vishwamai.models.mlp import GatedMLP
+from vishwamai.models.pattern import by_number, find_pattern, make_layers, one_by_one, run
+from vishwamai.models.rope import Angles, rotary
 from vishwamai.parallel.sharding import constrain
 
 ACTIVATION = ("rows", None, None)  # rows over devices; what a row holds is whole on each
@@ -25,33 +29,32 @@ CHECKPOINT = {
 }
 
 
-class SwiGLU(nnx.Module):
-    """down(silu(gate(x)) * up(x)) (Shazeer 2020)."""
-
-    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
-        width, inner, init = config.hidden_size, config.intermediate_size, initializers.normal(config.initializer_range)
-        options = dict(rngs=rngs, init=init, bias=config.mlp_bias)
-        self.gate_proj = Linear(width, inner, ("embed", "mlp"), **options)
-        self.up_proj = Linear(width, inner, ("embed", "mlp"), **options)
-        self.down_proj = Linear(inner, width, ("mlp", "embed"), **options)
-
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
-
-
 class DecoderLayer(nnx.Module):
-    """Pre-norm attention and feed-forward, each on a residual branch."""
+    """Attention and feed-forward, each on a residual branch behind a norm, with sandwich norms also before one."""
 
-    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs=rngs)
-        self.self_attn = Attention(config, rngs=rngs)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs=rngs)
-        self.mlp = SwiGLU(config, rngs=rngs)
+    def __init__(self, config: TextConfig, kind: LayerKind, *, rngs: nnx.Rngs):
+        norm = partial(make_norm, config, rngs=rngs)
+        self.input_layernorm = norm()
+        self.self_attn = Attention(config, kind.attention, rngs=rngs)
+        self.post_attention_layernorm = norm()
+        if config.sandwich_norms:
+            self.pre_feedforward_layernorm = norm()
+            self.post_feedforward_layernorm = norm()
+        self.mlp = GatedMLP(config, config.intermediate_size, rngs=rngs)
+        self.sandwich_norms = config.sandwich_norms
 
-    def __call__(self, x, angles, mask: Mask, past: KeysValues | None = None, length=None):
+    def __call__(self, x, angles: Angles, mask: Mask, past: KeysValues | None = None, length=None):
         attended, keys_values = self.self_attn(self.input_layernorm(x), angles, mask, past, length)
+        if self.sandwich_norms:
+            x = x + self.post_attention_layernorm(attended)
+            return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x))), keys_values
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), keys_values
+
+
+def make_norm(config: TextConfig, *, rngs: nnx.Rngs) -> RMSNorm:
+    """Of the residual stream."""
+    return RMSNorm(config.hidden_size, config.rms_norm_eps, rngs=rngs, zero_centered=config.zero_centered_norms)
 
 
 class Transformer(nnx.Module):
@@ -65,8 +68,9 @@ class Transformer(nnx.Module):
         init = initializers.normal(config.initializer_range)
         self.config = config
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, ("vocab", "embed"), rngs=rngs, init=init)
-        self.layers = stack(lambda rngs: DecoderLayer(config, rngs=rngs), config.num_hidden_layers, rngs)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps, rngs=rngs)
+        self.pattern = find_pattern(config.kinds)
+        self.layers = make_layers(lambda kind, rngs: DecoderLayer(config, kind, rngs=rngs), config.kinds, rngs)
+        self.norm = make_norm(config, rngs=rngs)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, ("embed", "vocab"), rngs=rngs, init=init)
 
@@ -76,10 +80,19 @@ class Transformer(nnx.Module):
         return self
 
     def embed(self, batch: Batch, dtype=jnp.float32) -> Float[Array, "B T D"]:
-        return self.embed_tokens(batch.tokens, dtype)
+        return self.embed_ids(batch.tokens, dtype)
 
-    def angles(self, positions: Int[Array, "B T"]) -> tuple[Array, Array]:
-        return rotary(positions, self.config.head_dim, self.config.rope_theta, self.config.rope_scaling)
+    def embed_ids(self, ids: Int[Array, "B T"], dtype=jnp.float32) -> Float[Array, "B T D"]:
+        x = self.embed_tokens(ids, dtype)
+        return x * jnp.asarray(self.config.hidden_size**0.5, dtype) if self.config.scale_embeddings else x
+
+    def angles(self, positions: Int[Array, "B T"]) -> Angles:
+        config, kinds = self.config, {kind.attention for kind in self.config.kinds}
+        base = rotary(positions, config.head_dim, config.rope_theta, config.rope_scaling)
+        angles = dict.fromkeys(kinds, base)
+        if config.rope_local_base_freq and LayerType.SLIDING in kinds:
+            angles[LayerType.SLIDING] = rotary(positions, config.head_dim, config.rope_local_base_freq)
+        return angles
 
     def decoder(
         self,
@@ -93,15 +106,15 @@ class Transformer(nnx.Module):
         """All layers and the final norm.
 
         With a cache, T more tokens of each row are written into it; `mask` is then `cache.mask(...)`. `layers` are
-        `unstack(self.layers)`: whoever decodes in a loop makes them once, before the loop.
+        `self.one_by_one()`: whoever decodes in a loop makes them once, before the loop.
         """
         angles = self.angles(positions)
         if cache is None:
-            body = lambda layer, x, _: (constrain(layer(x, angles, mask)[0], *ACTIVATION), None)  # noqa: E731
-            x, _ = scan(self.layers, body, constrain(x, *ACTIVATION), None, CHECKPOINT[remat])
+            body = lambda layer, x: (constrain(layer(x, angles, mask)[0], *ACTIVATION), None)  # noqa: E731
+            x, _ = run(self.layers, self.pattern, body, constrain(x, *ACTIVATION), CHECKPOINT[remat])
             return self.norm(x), None
         written = []
-        for layer, past in zip(layers or unstack(self.layers), cache.layers, strict=True):
+        for layer, past in zip(layers or self.one_by_one(), cache.layers, strict=True):
             x, keys_values = layer(x, angles, mask, past, cache.length)
             written.append(keys_values)
         return self.norm(x), KVCache(tuple(written), cache.segment_ids, cache.length + positions.shape[1])
@@ -109,15 +122,23 @@ class Transformer(nnx.Module):
     def prefill(
         self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], mask: Mask, segment_ids: Int[Array, "B S"]
     ) -> tuple[Float[Array, "B T D"], KVCache]:
-        """As `decoder` without a cache, and a cache of the T tokens with S - T free slots (their segments known)."""
+        """As `decoder` without a cache, and a cache of the T tokens with S - T free slots (their segments known).
+
+        A layer with a window keeps no more tokens than that.
+        """
         angles = self.angles(positions)
-        x, (keys, values) = scan(self.layers, lambda layer, x, _: layer(x, angles, mask), x)
-        length, slots = positions.shape[1], segment_ids.shape[1]
-        free = ((0, 0), (0, 0), (0, slots - length), (0, 0))
-        layers = tuple(
-            KeysValues(jnp.pad(keys[i], free), jnp.pad(values[i], free)) for i in range(self.config.num_hidden_layers)
+        x, found = run(self.layers, self.pattern, lambda layer, x: layer(x, angles, mask), x)
+        windows = (self.config.sliding_window if kind.attention is LayerType.SLIDING else None for kind in self.config.kinds)
+        slots = segment_ids.shape[1]
+        layers = (
+            filled(prompt, min(slots, window or slots))
+            for prompt, window in zip(by_number(self.pattern, found), windows, strict=True)
         )
-        return self.norm(x), KVCache(layers, segment_ids, jnp.int32(length))
+        return self.norm(x), KVCache(tuple(layers), segment_ids, jnp.int32(positions.shape[1]))
+
+    def one_by_one(self) -> list[DecoderLayer]:
+        """The layers in order, as decoding in a loop wants them (`layers.unstack`)."""
+        return one_by_one(self.layers, self.pattern)
 
     def mask(self, batch: Batch) -> Mask:
         """Causal inside each example of a row."""
@@ -129,6 +150,11 @@ class Transformer(nnx.Module):
 
     def unembed(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Float32 logits."""
+        cap = self.config.final_logit_softcapping
+        logits = self._logits(x)
+        return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+    def _logits(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
         if self.config.tie_word_embeddings:
             table = self.embed_tokens.embedding[...].astype(x.dtype)
             if x.ndim == 2 and jax.default_backend() == "cpu":

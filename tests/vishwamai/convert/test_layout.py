@@ -35,9 +35,9 @@ def test_every_row_is_used_exactly_once_in_each_direction(case):
     parameters = random_parameters(family.name, config)
     held = tensors_of(family.name, config, parameters)
 
-    ours = [layer_name(name, layer) for row in rows for name in row.ours for layer, _ in row.pairs()]
+    ours = [layer_name(name, layer) for row in rows for name in row.ours for layer in row.places]
     assert sorted(ours) == sorted(unstack(parameters)), "export reads each parameter, and each layer of it, once"
-    theirs = [name for row in rows for _, name in row.pairs()]
+    theirs = [name for row in rows for *_, name in row.pairs()]
     assert len(theirs) == len(set(theirs)) == len(held), "import reads each tensor once"
 
     back = read_parameters(held, rows, abstract_parameters(family.build, config))
@@ -61,7 +61,7 @@ def test_layers_behind_the_feature_layer_continue_the_numbers():
     pairs = {
         layer_name(row.ours[0], layer): name
         for row in families.get("parsit").layout.rows(config)
-        for layer, name in row.pairs()
+        for layer, _, name in row.pairs()
     }
     assert pairs["vision_tower.layers.1.mlp.fc1.bias"] == "vision_tower.encoder.layers.1.mlp.fc1.bias"
     assert pairs["vision_tower.unused_layers.0.mlp.fc1.bias"] == "vision_tower.encoder.layers.2.mlp.fc1.bias"
