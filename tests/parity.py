@@ -27,7 +27,9 @@ DECODERS = {
 CAPS = dict(attn_logit_softcapping=2.0, final_logit_softcapping=1.5)
 OWN = {  # what only these have: constants that are nobody's default
     "gemma2": dict(num_hidden_layers=5, sliding_window=9, query_pre_attn_scalar=20, pad_token_id=None, **CAPS),
-    "gemma3": dict(num_hidden_layers=8, sliding_window=9, query_pre_attn_scalar=20, rope_parameters=None, pad_token_id=None),
+    "gemma3": dict(
+        num_hidden_layers=8, sliding_window=9, query_pre_attn_scalar=20, rope_parameters=None, pad_token_id=None
+    ),
     "mixtral": dict(num_local_experts=6, num_experts_per_tok=2, router_aux_loss_coef=0.03),
     "qwen3_moe": dict(num_experts=6, num_experts_per_tok=3, moe_intermediate_size=28, router_aux_loss_coef=0.03),
 }

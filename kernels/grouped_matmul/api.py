@@ -33,7 +33,9 @@ def grouped_matmul(
     if x.ndim != 2 or w.ndim != 3 or x.shape[1] != inner:
         raise ValueError(f"x must be M D and w {'E F D' if transpose_w else 'E D F'}, {found}")
     if group_sizes.shape != w.shape[:1]:
-        raise ValueError(f"group_sizes must hold one number for each of w's matrices, found {group_sizes.shape}, {found}")
+        raise ValueError(
+            f"group_sizes must hold one number for each of w's matrices, found {group_sizes.shape}, {found}"
+        )
     if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
         raise TypeError(f"group_sizes must be integers, found {group_sizes.dtype}")
     if backend not in BACKENDS:

@@ -30,7 +30,9 @@ def test_the_exported_names():
         kernels.flash  # noqa: B018
 
 
-@pytest.mark.parametrize("first", ["import kernels.attention", "from kernels.grouped_matmul import xla", "import kernels"])
+@pytest.mark.parametrize(
+    "first", ["import kernels.attention", "from kernels.grouped_matmul import xla", "import kernels"]
+)
 def test_names_are_functions_whatever_was_imported_before(first):
     script = f"{first}\nfrom kernels import Mask, attention, grouped_matmul\n"
     script += "print(attention.__module__, grouped_matmul.__module__)"

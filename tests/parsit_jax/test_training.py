@@ -13,7 +13,7 @@ from vishwamai.data.packing import Capacity, Example, ImageLayout, collate
 from vishwamai.experiment import Experiment
 from vishwamai.models.layers import Carried
 from vishwamai.parallel.mesh import make_mesh
-from vishwamai.training.metrics import scalars
+from vishwamai.training.metrics import means
 from vishwamai.training.step import make_trainer
 
 IMAGE, FEATURES = 63, 4
@@ -57,7 +57,7 @@ def losses(trainer):
     state, found = trainer.initial(), []
     for step in range(5):
         state, metrics = trainer.step(state, batch(step))
-        found.append(scalars(jax.device_get(metrics)))
+        found.append(means(jax.device_get(metrics)))
     assert all(metrics["healthy"] for metrics in found)
     return state, [metrics["loss"] for metrics in found]
 
@@ -69,7 +69,7 @@ def on_one_device():
 
 def test_images_are_learned_from(on_one_device):
     trainer = trainer_for()
-    gradients, _ = trainer.gradients(trainer.initial(), batch(0))
+    gradients, *_ = trainer.gradients(trainer.initial(), batch(0))
     flat = {".".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(gradients)}
     for name in ("vision_tower.embeddings.patch_embedding.kernel", "multi_modal_projector.linear_1.kernel"):
         assert np.abs(flat[name]).max() > 1e-6, name

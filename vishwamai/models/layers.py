@@ -71,9 +71,7 @@ class RMSNorm(nnx.Module):
     `zero_centered`: times 1 + scale, a product in float32 too (as Gemma's models are trained).
     """
 
-    def __init__(
-        self, features: int, eps: float, *, rngs: nnx.Rngs, axis: str = "norm", zero_centered: bool = False
-    ):
+    def __init__(self, features: int, eps: float, *, rngs: nnx.Rngs, axis: str = "norm", zero_centered: bool = False):
         start = initializers.zeros if zero_centered else initializers.ones
         self.scale = parameter(rngs, (features,), (axis,), start)
         self.eps = eps

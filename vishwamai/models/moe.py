@@ -1,11 +1,13 @@
 """Mixture of experts: a router sends each token to a few of many feed-forward blocks (Shazeer et al. 2017)."""
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.nn import initializers
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels import grouped_matmul, route
@@ -13,6 +15,10 @@ from kernels.router import Routes, scores
 from vishwamai.models.config import Activation, TextConfig
 from vishwamai.models.layers import Linear, parameter
 from vishwamai.models.mlp import ACTIVATIONS, GatedMLP
+from vishwamai.parallel import sharding
+
+
+Matrices = tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]]  # gate, up, down
 
 
 class Balance(nnx.Variable):
@@ -41,7 +47,8 @@ class Experts(nnx.Module):
         self.down_proj = parameter(rngs, (experts, inner, width), ("expert", "mlp", "embed"), init)
         self.act: Activation = config.hidden_act
 
-    def matrices(self, dtype: jnp.dtype) -> tuple[Array, Array, Array]:
+    def matrices(self, dtype: jnp.dtype) -> Matrices:
+        """(gate, up, down) to compute with."""
         return tuple(x[...].astype(dtype) for x in (self.gate_proj, self.up_proj, self.down_proj))
 
 
@@ -69,13 +76,31 @@ class MixtureOfExperts(nnx.Module):
         experts = jnp.where(live[:, None], routes.experts, self.mixture.num_experts)
         capacity = self.mixture.capacity(x.shape[1])
         if capacity is None:
-            out, dropped = dropless(rows, experts, routes.weights, self.experts), jnp.float32(0)
+            out, dropped = self._dropless(rows, experts, routes.weights), jnp.float32(0)
         else:
             grouped = (a.reshape(*x.shape[:2], -1) for a in (x, experts, routes.weights))
-            out, dropped = bounded(*grouped, self.experts, capacity)
+            out, dropped = bounded(*grouped, self.experts.matrices(x.dtype), self.experts.act, capacity)
         if hasattr(self, "shared_experts"):
             out = out + self.shared_experts(rows)
         return out.reshape(x.shape), self._routing(logits, experts, live, dropped)
+
+    def _dropless(self, rows: Float[Array, "T D"], experts: Int[Array, "T k"], weights: Float[Array, "T k"]):
+        matrices = self.experts.matrices(rows.dtype)
+        run = partial(dropless, act=self.experts.act)
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or mesh.size == 1:
+            return run(rows, experts, weights, matrices)
+        # Each device sorts its own rows: a sort of all of them would bring them all to every device.
+        by_row = sharding.spec(("rows",), rows.shape[:1], mesh)
+        gate = sharding.spec((None, None, "mlp"), matrices[0].shape, mesh)
+        split = gate[2]
+
+        def local(rows, experts, weights, matrices):
+            out = run(rows, experts, weights, matrices)
+            return out if split is None else jax.lax.psum(out, split)
+
+        specs = by_row, by_row, by_row, (gate, gate, PartitionSpec(None, split, None))
+        return jax.shard_map(local, in_specs=specs, out_specs=by_row, check_vma=False)(rows, experts, weights, matrices)
 
     def routes(self, logits: Float[Array, "T E"]) -> Routes:
         bias = self.e_score_correction_bias[...] if hasattr(self, "e_score_correction_bias") else None
@@ -106,19 +131,22 @@ class MixtureOfExperts(nnx.Module):
 
 
 def dropless(
-    rows: Float[Array, "T D"], experts: Int[Array, "T k"], weights: Float[Array, "T k"], blocks: Experts
+    rows: Float[Array, "T D"],
+    experts: Int[Array, "T k"],
+    weights: Float[Array, "T k"],
+    matrices: Matrices,
+    act: Activation,
 ) -> Float[Array, "T D"]:
     """Every choice is honoured: sort by expert, one grouped product per matrix, unsort (Gale et al. 2022).
 
     A choice of expert E, which there is not, gives 0.
     """
-    count, k = experts.shape
-    gate, up, down = blocks.matrices(rows.dtype)
+    (count, k), (gate, up, down) = experts.shape, matrices
     order = jnp.argsort(experts.reshape(-1), stable=True)
     place = jnp.argsort(order)  # where each choice stands when sorted
     sizes = jnp.sum(jax.nn.one_hot(experts, len(gate), dtype=jnp.int32), axis=(0, 1))
     sorted_rows = repeated_rows(rows, order, place, k)
-    inner = ACTIVATIONS[blocks.act](grouped_matmul(sorted_rows, gate, sizes)) * grouped_matmul(sorted_rows, up, sizes)
+    inner = ACTIVATIONS[act](grouped_matmul(sorted_rows, gate, sizes)) * grouped_matmul(sorted_rows, up, sizes)
     found = permuted(grouped_matmul(inner, down, sizes), place, order).reshape(count, k, -1)
     return jnp.einsum("tkd,tk->td", found, weights.astype(rows.dtype))
 
@@ -150,15 +178,15 @@ def bounded(
     x: Float[Array, "B T D"],
     experts: Int[Array, "B T k"],
     weights: Float[Array, "B T k"],
-    blocks: Experts,
+    matrices: Matrices,
+    act: Activation,
     capacity: int,
 ) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
     """Each expert takes `capacity` tokens of a row at most (GShard, Lepikhin et al. 2020): (output, choices dropped).
 
     First choices go before second ones, early tokens before late ones. Shapes are static and nothing leaves its row.
     """
-    gate, up, down = blocks.matrices(x.dtype)
-    rows, length, k = experts.shape
+    (rows, length, k), (gate, up, down) = experts.shape, matrices
     choice = jax.nn.one_hot(experts.swapaxes(1, 2).reshape(rows, -1), len(gate), dtype=jnp.int32)  # B kT E
     before = jnp.sum(jnp.cumsum(choice, axis=1) * choice, axis=-1) - 1  # of the same expert; -1: goes nowhere
     taken = (before >= 0) & (before < capacity)
@@ -171,7 +199,7 @@ def bounded(
         token = jnp.broadcast_to(jnp.arange(length)[:, None], slot.shape)
         # What has no room is written behind the last slot, which is cut off.
         room = jnp.zeros((len(gate), capacity + 1, x.shape[-1]), x.dtype).at[expert, slot].set(x[token])[:, :capacity]
-        inner = ACTIVATIONS[blocks.act](jnp.einsum("ecd,edf->ecf", room, gate)) * jnp.einsum("ecd,edf->ecf", room, up)
+        inner = ACTIVATIONS[act](jnp.einsum("ecd,edf->ecf", room, gate)) * jnp.einsum("ecd,edf->ecf", room, up)
         out = jnp.einsum("ecf,efd->ecd", inner, down)
         out = jnp.pad(out, ((0, 0), (0, 1), (0, 0)))[expert, slot]
         return jnp.einsum("tkd,tk->td", out, weight)
@@ -181,10 +209,14 @@ def bounded(
 
 
 def dense(
-    rows: Float[Array, "T D"], experts: Int[Array, "T k"], weights: Float[Array, "T k"], blocks: Experts
+    rows: Float[Array, "T D"],
+    experts: Int[Array, "T k"],
+    weights: Float[Array, "T k"],
+    matrices: Matrices,
+    act: Activation,
 ) -> Float[Array, "T D"]:
     """What `dropless` computes, by sending every token to every expert: the reference for tests."""
-    gate, up, down = blocks.matrices(rows.dtype)
+    gate, up, down = matrices
     mix = jnp.einsum("tke,tk->te", jax.nn.one_hot(experts, len(gate)), weights)
-    inner = ACTIVATIONS[blocks.act](jnp.einsum("td,edf->tef", rows, gate)) * jnp.einsum("td,edf->tef", rows, up)
+    inner = ACTIVATIONS[act](jnp.einsum("td,edf->tef", rows, gate)) * jnp.einsum("td,edf->tef", rows, up)
     return jnp.einsum("tef,efd,te->td", inner, down, mix)

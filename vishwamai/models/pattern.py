@@ -55,7 +55,9 @@ class Pattern:
     @property
     def last(self) -> list[Stack]:
         """Layers behind the pattern."""
-        return [Stack(str(i), range(i, i + 1), False) for i in range(self.before + self.period * self.repeats, self.total)]
+        return [
+            Stack(str(i), range(i, i + 1), False) for i in range(self.before + self.period * self.repeats, self.total)
+        ]
 
     @property
     def stacks(self) -> list[Stack]:
@@ -141,7 +143,9 @@ def by_number(pattern: Pattern, outputs: Mapping[str, Any]) -> list[Any]:
     found = {}
     for part in pattern.stacks:
         for i, number in enumerate(part.numbers):
-            found[number] = jax.tree.map(lambda x, i=i: x[i], outputs[part.name]) if part.stacked else outputs[part.name]
+            found[number] = (
+                jax.tree.map(lambda x, i=i: x[i], outputs[part.name]) if part.stacked else outputs[part.name]
+            )
     return [found[number] for number in range(pattern.total)]
 
 

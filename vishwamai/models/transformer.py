@@ -163,7 +163,9 @@ class Transformer(nnx.Module):
             return x, keys_values
 
         x, found = run(self.layers, self.pattern, body, x)
-        windows = (self.config.sliding_window if kind.attention is LayerType.SLIDING else None for kind in self.config.kinds)
+        windows = (
+            self.config.sliding_window if kind.attention is LayerType.SLIDING else None for kind in self.config.kinds
+        )
         slots = segment_ids.shape[1]
         layers = (
             filled(prompt, min(slots, window or slots))

@@ -19,7 +19,7 @@ class NonFiniteGradients(RuntimeError):
 def explain(trainer: Trainer, state: TrainState, batch: Batch, run_dir: Path) -> NonFiniteGradients:
     """The error for a state that holds still at an unhealthy step; saves the step's batch beside the run's metrics."""
     step = int(state.step) + 1
-    gradients, metrics = trainer.gradients(state, batch)
+    gradients, metrics, _ = trainer.gradients(state, batch)
     loss = float(metrics["loss"][0]) / float(metrics["loss"][1])
     file = run_dir / f"failed_step_{step}.npz"
     try:

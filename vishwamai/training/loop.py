@@ -18,7 +18,7 @@ from vishwamai.experiment import Experiment
 from vishwamai.models.config import TextConfig
 from vishwamai.parallel.sharding import row_sharding
 from vishwamai.training.diagnose import explain
-from vishwamai.training.metrics import MetricsWriter, scalars
+from vishwamai.training.metrics import MetricsWriter, means
 from vishwamai.training.progress import ProgressReport
 from vishwamai.training.step import Trainer, TrainState
 from vishwamai.training.throughput import flops_per_step, memory_gb, peak_flops
@@ -67,7 +67,7 @@ def train(
             """Fetches the metrics of the step taken last: stops if it was unhealthy, tells of it if a line is due."""
             if taken is None:
                 return
-            metrics = scalars(jax.device_get(taken.metrics))
+            metrics = means(jax.device_get(taken.metrics))
             if not metrics.pop("healthy"):
                 raise explain(trainer, state, jax.device_put(taken.batch, rows), run_dir)
             clock.count(taken.batch)

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
@@ -16,12 +17,19 @@ FILE = "metrics.jsonl"
 SECONDS_BETWEEN_FLUSHES = 10.0  # of the TensorBoard file: each waits for the disk
 
 
-def scalars(metrics: dict[str, Any]) -> dict[str, float]:
-    """Means of fetched metrics: a (sum, count) pair is divided, a number stands for itself."""
-    return {
-        name: float(value[0]) / float(value[1]) if isinstance(value, tuple) else float(value)
-        for name, value in metrics.items()
-    }
+Line = dict[str, float | list]
+
+
+def means(metrics: dict[str, Any]) -> Line:
+    """Means of fetched metrics: a (sum, count) pair is divided, a number stands for itself, an array is a list."""
+    divided = {name: np.divide(*value) if isinstance(value, tuple) else value for name, value in metrics.items()}
+    return {name: np.asarray(value, np.float64).tolist() for name, value in divided.items()}
+
+
+def _finite(value: float | list) -> float | list | None:
+    if isinstance(value, list):
+        return [_finite(round(item, 6) if isinstance(item, float) else item) for item in value]
+    return value if abs(value) < float("inf") else None
 
 
 def cut_back(path: Path, step: int) -> None:
@@ -57,9 +65,12 @@ class MetricsWriter:
                 with contextlib.suppress(OSError):  # every line has been flushed by `write`, or it has raised
                     file.close()
 
-    def write(self, line: dict[str, float]) -> None:
-        """One object per line; NaN and infinity as null, which JSON has no numbers for. Raises OSError."""
-        finite = {name: value if abs(value) < float("inf") else None for name, value in line.items()}
+    def write(self, line: Line) -> None:
+        """One object per line; NaN and infinity as null, which JSON has no numbers for. Raises OSError.
+
+        A list (the load of every expert) stands in the file only, to six digits.
+        """
+        finite = {name: _finite(value) for name, value in line.items()}
         try:
             self._file.write(json.dumps(finite) + "\n")
             self._file.flush()
@@ -84,8 +95,9 @@ class _Board:
         self._events.write_event(Event(step=start + 1, session_log=SessionLog(status=SessionLog.START)))
         self._flushed = 0.0
 
-    def write(self, line: dict[str, float]) -> None:
-        values = [Summary.Value(tag=name, simple_value=value) for name, value in line.items() if name != "step"]
+    def write(self, line: Line) -> None:
+        numbers = {name: value for name, value in line.items() if name != "step" and not isinstance(value, list)}
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
         self._events.write_event(Event(wall_time=time.time(), step=int(line["step"]), summary=Summary(value=values)))
         if time.monotonic() - self._flushed >= SECONDS_BETWEEN_FLUSHES:
             self._events.flush()

@@ -14,9 +14,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from vishwamai.config import ConfigError
 from vishwamai.data.batch import Batch
 from vishwamai.experiment import Experiment
+from vishwamai.models.moe import Routing
 from vishwamai.parallel.sharding import parameter_shardings, row_sharding, row_shares
 from vishwamai.training.losses import loss_weights, next_token_loss
 from vishwamai.training.optimizer import learning_rate, make_optimizer, partition
+from vishwamai.training.routing import moved_biases, router_losses
 
 
 @jax.tree_util.register_dataclass
@@ -49,7 +51,7 @@ class Trainer:
     shardings: TrainState
     initial: Callable[[], TrainState]
     step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
-    gradients: Callable[[TrainState, Batch], tuple[nnx.State, dict[str, jax.Array]]]
+    gradients: Callable[[TrainState, Batch], tuple[nnx.State, dict[str, tuple], dict[str, Routing]]]
 
     def from_parameters(self, parameters: nnx.State) -> TrainState:
         """A fresh state (step 0, empty optimizer) on the mesh around given parameters."""
@@ -73,6 +75,7 @@ def make_trainer(experiment: Experiment, build: Callable[..., nnx.Module], mesh:
 
     module = nnx.eval_shape(lambda: build(experiment.model, rngs=nnx.Rngs(0)))
     graph, abstract_parameters = nnx.split(module)
+    mixture = module.language_model.config.mixture
     trainable, frozen = partition(abstract_parameters, training.trainable)
     optimizer = make_optimizer(experiment.optimizer, training.steps, trainable)
     schedule = learning_rate(experiment.optimizer, training.steps)
@@ -81,45 +84,52 @@ def make_trainer(experiment: Experiment, build: Callable[..., nnx.Module], mesh:
         trainable, frozen = partition(parameters, training.trainable)
         return TrainState(jnp.int32(0), jnp.bool_(True), trainable, frozen, optimizer.init(trainable))
 
-    def loss(trainable, frozen, batch: Batch, total_weight):
+    def loss(trainable, frozen, batch: Batch, total_weight, total_tokens):
         model = nnx.merge(graph, trainable, frozen)
-        hidden = model.hidden_states(batch, jnp.dtype(training.dtype.value), training.remat)
-        summed, sums = next_token_loss(model, hidden, batch, z_loss=training.z_loss, chunk=training.loss_chunk)
-        return summed / total_weight, sums
+        decoded = model.decoded(batch, jnp.dtype(training.dtype.value), training.remat)
+        summed, sums = next_token_loss(model, decoded.hidden, batch, z_loss=training.z_loss, chunk=training.loss_chunk)
+        mean, routers = summed / total_weight, {}
+        if decoded.routing:
+            added, routers = router_losses(decoded.routing, mixture)
+            # Of a micro-batch, by its share of the tokens.
+            mean += added * jnp.count_nonzero(batch.segment_ids) / total_tokens
+        return mean, (sums, routers, decoded.routing)
 
     def gradients(state: TrainState, batch: Batch):
-        """Mean gradients over all weighted tokens of the batch, and metrics as (sum, count) pairs."""
+        """Mean gradients over all weighted tokens, metrics as (sum, count) pairs, and what the routers did."""
         total_weight = jnp.sum(loss_weights(batch))
         total_weight = jnp.where(total_weight == 0, 1.0, total_weight)  # a batch that trains nothing has loss 0
+        totals = total_weight, jnp.maximum(jnp.count_nonzero(batch.segment_ids), 1)
         value_and_gradient = jax.value_and_grad(loss, has_aux=True)
 
         def one(micro_batch):
-            (_, sums), grads = value_and_gradient(state.trainable, state.frozen, micro_batch, total_weight)
-            return grads, sums
+            (_, found), grads = value_and_gradient(state.trainable, state.frozen, micro_batch, *totals)
+            return grads, found
 
         if training.gradient_accumulation == 1:
-            grads, sums = one(batch)
+            grads, found = one(batch)
         else:
             micro_batches = jax.tree.map(lambda x: split_rows(x, training.gradient_accumulation), batch)
             shapes = jax.eval_shape(one, jax.tree.map(lambda x: x[0], micro_batches))
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
             add = lambda total, micro_batch: (jax.tree.map(jnp.add, total, one(micro_batch)), None)  # noqa: E731
-            (grads, sums), _ = jax.lax.scan(add, zeros, micro_batches)
-        return grads, {
-            "loss": (sums["loss"], total_weight),
-            "z_loss": (sums["z_loss"], total_weight),
-            "accuracy": (sums["hits"], total_weight),
-        }
+            (grads, found), _ = jax.lax.scan(add, zeros, micro_batches)
+        sums, routers, routing = found
+        names = {"loss": "loss", "z_loss": "z_loss", "accuracy": "hits"}
+        return grads, {name: (sums[of], total_weight) for name, of in names.items()} | routers, routing
 
     def step(state: TrainState, batch: Batch):
-        grads, metrics = gradients(state, batch)
+        grads, metrics, routing = gradients(state, batch)
         norm = optax.tree.norm(grads)
         healthy = state.healthy & jnp.isfinite(norm)
         updates, moments = optimizer.update(grads, state.optimizer, state.trainable)
-        moved = (optax.apply_updates(state.trainable, updates), moments)
-        kept = jax.tree.map(lambda new, old: jnp.where(healthy, new, old), moved, (state.trainable, state.optimizer))
+        frozen = moved_biases(state.frozen, routing, mixture.router_bias_update_rate) if routing else state.frozen
+        moved = (optax.apply_updates(state.trainable, updates), frozen, moments)
+        before = (state.trainable, state.frozen, state.optimizer)
+        keep = lambda new, old: old if new is old else jnp.where(healthy, new, old)  # noqa: E731
+        kept = jax.tree.map(keep, moved, before)
         metrics |= {"grad_norm": norm, "learning_rate": schedule(state.step), "healthy": healthy}
-        return TrainState(state.step + healthy, healthy, kept[0], state.frozen, kept[1]), metrics
+        return TrainState(state.step + healthy, healthy, *kept), metrics
 
     abstract = jax.eval_shape(lambda: start(new_parameters()))
     shardings = state_shardings(abstract, mesh)

@@ -10,6 +10,7 @@ from vishwamai import families
 from vishwamai.config import describe, dump_yaml
 from vishwamai.experiment import Experiment
 from vishwamai.families import Family
+from vishwamai.models.layers import Carried
 from vishwamai.parallel.mesh import AXES, devices_needed, resolve
 from vishwamai.training.optimizer import path_name
 from vishwamai.training.step import Trainer, make_trainer
@@ -79,7 +80,7 @@ def _parameters(trainer: Trainer) -> Iterable[tuple[str, nnx.Variable, str]]:
     """(trainable, frozen or carried; variable; name) in the model's order."""
     trains = {path for path, _ in nnx.to_flat_state(trainer.abstract.trainable)}
     for path, variable in nnx.to_flat_state(trainer.abstract.parameters):
-        kind = "trainable" if path in trains else "frozen" if isinstance(variable, nnx.Param) else "carried"
+        kind = "trainable" if path in trains else "carried" if isinstance(variable, Carried) else "frozen"
         yield kind, variable, path_name(path)
 
 

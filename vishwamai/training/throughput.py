@@ -55,6 +55,8 @@ def flops_per_step(abstract: TrainState, text: TextConfig, batch: Batch) -> floa
                 continue  # a look-up is no product
             in_decoder = name.startswith(decoder) or name in embeddings
             factor = 6 if trains else 4 if in_decoder else 2
+            if variable.axes[0] == "expert":  # a token sees few of them
+                factor *= text.mixture.num_experts_per_tok / text.mixture.num_experts
             total += factor * int(np.prod(shape)) * (tokens if in_decoder else patches)
     return float(total)
 

@@ -9,7 +9,7 @@ from jaxprs import array_sizes
 from numpy.testing import assert_allclose, assert_array_equal
 
 from vishwamai.config import ConfigError
-from vishwamai.training.metrics import scalars
+from vishwamai.training.metrics import means
 from vishwamai.training.optimizer import path_name
 
 
@@ -17,7 +17,7 @@ def losses(trainer, source, steps=5):
     state, found = trainer.initial(), []
     for step in range(steps):
         state, metrics = trainer.step(state, source.batch(step))
-        found.append(scalars(jax.device_get(metrics)))
+        found.append(means(jax.device_get(metrics)))
     return found
 
 

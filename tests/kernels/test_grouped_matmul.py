@@ -1,0 +1,103 @@
+"""Grouped products against NumPy in float64: every split of the rows, both layouts, and the gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels import grouped_matmul
+
+BACKENDS = ("xla", "reference")
+
+
+def expected(x, w, sizes, dy):
+    """y, dx, dw in float64."""
+    x, w, dy = (np.asarray(a, np.float64) for a in (x, w, dy))
+    y, dx, dw = np.zeros((len(x), w.shape[2])), np.zeros_like(x), np.zeros_like(w)
+    start = 0
+    for group, size in enumerate(sizes):
+        rows = slice(start, start + size)
+        y[rows], dx[rows], dw[group] = x[rows] @ w[group], dy[rows] @ w[group].T, x[rows].T @ dy[rows]
+        start += size
+    return y, dx, dw
+
+
+def arrays(sizes, behind, inner, width, seed=0):
+    draw = np.random.default_rng(seed)
+    rows = sum(sizes) + behind
+    return (draw.normal(size=s) for s in ((rows, inner), (len(sizes), inner, width), (rows, width)))
+
+
+def check(sizes, behind, inner, width, backend, turned=False, dtype=jnp.float32, limit=1e-5):
+    x, w, dy = (jnp.asarray(a, dtype) for a in arrays(sizes, behind, inner, width))
+    group_sizes = jnp.asarray(sizes, jnp.int32)
+    given_w = w.swapaxes(1, 2) if turned else w
+    y, back = jax.vjp(lambda x, w: grouped_matmul(x, w, group_sizes, transpose_w=turned, backend=backend), x, given_w)
+    dx, dw = back(dy)
+    dw = dw.swapaxes(1, 2) if turned else dw
+    assert y.dtype == dx.dtype == dw.dtype == dtype
+    for name, got, true in zip(("y", "dx", "dw"), (y, dx, dw), expected(x, w, sizes, dy), strict=True):
+        largest = max(np.abs(true).max(initial=0), 1e-3)
+        assert np.abs(np.asarray(got, np.float64) - true).max(initial=0) <= limit * largest, name
+    live = sum(sizes)
+    assert not np.any(y[live:]) and not np.any(dx[live:]), "behind the last group"
+    for group, size in enumerate(sizes):
+        assert size or not np.any(dw[group]), "a group without rows has a gradient of exactly 0"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=12, deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=5),
+    behind=st.integers(0, 9),
+    inner=st.integers(1, 17),
+    width=st.integers(1, 9),
+    turned=st.booleans(),
+)
+def test_every_split(backend, sizes, behind, inner, width, turned):
+    if sum(sizes) + behind:
+        check(sizes, behind, inner, width, backend, turned)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("sizes", [[700, 0, 300], [0, 0, 1000], [1000, 0, 0], [513, 1, 511], [0, 0, 0]], ids=str)
+def test_groups_larger_than_a_block_and_empty_ones(backend, sizes):
+    check(sizes, 1025 - sum(sizes), 24, 12, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bfloat16_is_summed_in_float32(backend):
+    check([300, 0, 41], 3, 256, 8, backend, dtype=jnp.bfloat16, limit=8e-3)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_leaks_from_behind_the_last_group(backend):
+    sizes = jnp.array([3, 4], jnp.int32)
+    x, w, dy = (jnp.asarray(a, jnp.float32) for a in arrays([3, 4], 5, 6, 4))
+    run = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, backend=backend), x, w)
+    poisoned = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, backend=backend), x.at[7:].set(jnp.nan), w)
+    np.testing.assert_array_equal(run[0], poisoned[0])
+    for clean, found in zip(run[1](dy), poisoned[1](dy.at[7:].set(jnp.inf)), strict=True):
+        np.testing.assert_array_equal(clean, found)
+
+
+def test_sizes_may_be_traced():
+    x, w, _ = (jnp.asarray(a, jnp.float32) for a in arrays([5, 6], 0, 4, 3))
+    run = jax.jit(grouped_matmul)
+    first, second = run(x, w, jnp.array([5, 6])), run(x, w, jnp.array([11, 0]))
+    np.testing.assert_allclose(first[:5], second[:5], rtol=1e-6)
+    assert np.abs(np.asarray(first - second))[5:].max() > 0.1
+
+
+def test_bad_arguments_are_named():
+    x, w = jnp.zeros((4, 3)), jnp.zeros((2, 3, 5))
+    for call, kind, message in [
+        (lambda: grouped_matmul(x, w.swapaxes(1, 2), jnp.array([2, 2])), ValueError, r"E D F, found x \(4, 3\), w \(2, 5, 3\)"),
+        (lambda: grouped_matmul(x, w, jnp.array([4])), ValueError, r"one number for each of w's matrices, found \(1,\)"),
+        (lambda: grouped_matmul(x, w, jnp.array([2.0, 2.0])), TypeError, "must be integers, found float32"),
+        (lambda: grouped_matmul(x, w, jnp.array([2, 2]), backend="cuda"), ValueError, "no backend 'cuda'"),
+    ]:  # fmt: skip
+        with pytest.raises(kind, match=message):
+            call()
