@@ -51,6 +51,7 @@ class HarnessModel(TemplateLM):
         batch_size: rows at a time; a number.
         max_length: tokens of the context; default: the model's.
         chat_template_args: for the chat template, such as {"enable_thinking": False}.
+        device: what lm_eval's command line says; not looked at, since JAX is told by JAX_PLATFORMS.
 
     Raises:
         ConfigError: as `VishwamAI.from_pretrained`; a tokenizer that is larger than the model's vocabulary, or has
@@ -65,6 +66,7 @@ class HarnessModel(TemplateLM):
         batch_size: int | str = 16,
         max_length: int | None = None,
         chat_template_args: dict[str, Any] | None = None,
+        device: str | None = None,
     ):
         super().__init__()
         if not str(batch_size).isdigit() or int(batch_size) < 1:
@@ -115,8 +117,10 @@ class HarnessModel(TemplateLM):
         text = render(chat_history, self.tokenizer.chat_template, **options)
         if add_generation_prompt:
             return text
-        last = chat_history[-1]["content"].strip()
-        return text[: text.rindex(last) + len(last)]
+        last = chat_history[-1]["content"]
+        begin = text.rindex(last.strip())
+        # Some templates trim what is said.
+        return text[:begin] + (last.lstrip() if text.startswith(last.lstrip(), begin) else last.strip())
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any
@@ -180,7 +184,7 @@ class HarnessModel(TemplateLM):
         end = None if self.eot_token_id is None else self.tokenizer.decode([self.eot_token_id])
         until = [text for text in handle_stop_sequences(options.pop("until"), end) if text]
         count, draws = options.pop("max_gen_toks"), options.pop("do_sample")
-        temperature = options.pop("temperature", 1.0) if draws else 0.0
+        temperature = options.pop("temperature", 1.0)
         seed = options.pop("seed", 0) + number
         if unknown := set(options) - set(SAMPLING):
             raise ValueError(
@@ -198,13 +202,13 @@ class HarnessModel(TemplateLM):
             logger.warning("of a prompt of %s tokens only the last %s are read, for want of room", longest, room)
         prompts = [prompt[-room:] for prompt in prompts]
         stop = [*self.model.end_ids, *until]
-        sampling = {"temperature": temperature, "seed": seed, **options}
+        sampling = {"temperature": temperature if draws else 0.0, "seed": seed, **options}
         rows = self.model.generate(prompts, max_new_tokens=count, stop=stop, **sampling)[:, min(longest, room) :]
         return [self._text(row, until) for row in rows]
 
     def _text(self, row: np.ndarray, until: list[str]) -> str:
-        ends = np.flatnonzero(np.isin(row, self.model.end_ids))
-        text = self.tokenizer.decode(row[: ends[0]] if len(ends) else row, skip_special_tokens=True)
+        ends = np.flatnonzero(np.isin(row, self.model.end_ids))  # padding stands behind the first
+        text = self.tokenizer.decode(row[: ends[0] + 1] if len(ends) else row, skip_special_tokens=True)
         return postprocess_generated_text(text, until, think_end_token=None)
 
     def _scores(self, rows: Sequence[Row], quiet: bool) -> list[Score]:

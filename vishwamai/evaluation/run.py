@@ -17,7 +17,7 @@ BENCHMARKS = {"perplexity": perplexity}  # name -> (model, documents, batch_size
 
 
 def load_benchmarks(names: Sequence[str], data: Sequence[str]) -> dict[str, list[str]]:
-    """The documents of each named benchmark; `data` says where they lie, each `NAME=PATH` or a bare `PATH` for all.
+    """The documents of each named benchmark; `data` says where they lie, each `NAME=PATH`.
 
     Raises:
         ConfigError: an unknown name, a benchmark without text, or text that no named benchmark uses.
@@ -31,14 +31,12 @@ def load_benchmarks(names: Sequence[str], data: Sequence[str]) -> dict[str, list
             raise ConfigError(f"unknown benchmark {name!r}: {hint}A text model can be scored on: {known}")
     places = {}
     for entry in data:
-        name, separator, place = entry.partition("=")
-        named = {name: place} if separator and not Path(entry).exists() else dict.fromkeys(names, entry)
-        for name, place in named.items():
-            if name not in names:
-                raise ConfigError(f"--data {entry}: {name!r} is not one of the benchmarks {', '.join(names)}")
-            if name in places:
-                raise ConfigError(f"two texts for {name!r}: {places[name]} and {place}")
-            places[name] = place
+        name, _, place = entry.partition("=")
+        if name not in names or not place:
+            raise ConfigError(f"--data {entry}: expected NAME=FILE_OR_DIR, NAME being {' or '.join(names)}")
+        if name in places:
+            raise ConfigError(f"two texts for {name!r}: {places[name]} and {place}")
+        places[name] = place
     for name in names:
         if name not in places:
             raise ConfigError(f"benchmark {name!r} needs held-out text: add --data {name}=FILE_OR_DIR")

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from vishwamai.checkpoint import CheckpointError
 from vishwamai.data.batch import Batch, text_batch
 from vishwamai.generation.prompts import bucket
 from vishwamai.pretrained import VishwamAI, checked_ids
@@ -92,7 +93,8 @@ def score(
     two, so that few shapes are compiled. `on_progress` is called with (rows done, rows in all).
 
     Raises:
-        ValueError: token ids outside the vocabulary, rows longer than the context, or a model that gives NaN.
+        ValueError: token ids outside the vocabulary, or a row longer than the context and the token behind it.
+        CheckpointError: the model gives NaN.
     """
     context = model.config.max_position_embeddings
     longest = max((len(row.tokens) for row in rows), default=0)
@@ -122,5 +124,7 @@ def _score_batch(model: VishwamAI, rows: Sequence[Row], batch_size: int) -> list
     # Summed in float64: a document has more tokens than float32 has digits for.
     sums, greedy = np.asarray(found[0], np.float64).sum(axis=1), np.asarray(found[1]).all(axis=1)
     if not np.isfinite(sums[: len(rows)]).all():
-        raise ValueError(f"the model in {model.folder} gives log-probabilities that are no numbers: look at its weights")
+        raise CheckpointError(
+            f"the model in {model.folder} gives log-probabilities that are no numbers: look at its weights"
+        )
     return [Score(float(sums[at]), bool(greedy[at])) for at in range(len(rows))]
