@@ -26,5 +26,6 @@ def write_results(
         "limit": limit,
         **(provenance or {}),
     }
+    output.mkdir(parents=True, exist_ok=True)
     write_text(output / "results.json", json.dumps(results, indent=2) + "\n")
     return results
