@@ -49,10 +49,14 @@ def ours(folder) -> HarnessModel:
 
 @pytest.fixture(scope="module")
 def theirs(folder):
+    return own_model(folder, batch_size=4)
+
+
+def own_model(folder, **options):
     huggingface = pytest.importorskip(
         "lm_eval.models.huggingface", reason="lm_eval's own model needs PyTorch and accelerate: pip install lm_eval[hf]"
     )
-    return huggingface.HFLM(str(folder), device="cpu", dtype="float32", batch_size=4)
+    return huggingface.HFLM(str(folder), device="cpu", dtype="float32", **options)
 
 
 def requests(kind: str, *arguments: tuple) -> list[Instance]:
@@ -286,19 +290,63 @@ def test_a_context_of_spaces_is_an_empty_one(ours):
     assert spaces == pytest.approx(empty, abs=1e-4)
 
 
-def without(folder, tmp_path, *keys):
+def changed(folder, copy, without=(), adds_bos=False):
+    """The model with another tokenizer: some keys of its config left out, or one that begins each text."""
     for path in folder.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    path = tmp_path / "tokenizer_config.json"
-    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key not in keys}))
-    return str(tmp_path)
+        (copy / path.name).write_bytes(path.read_bytes())
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config = {key: value for key, value in config.items() if key not in without}
+    if adds_bos:
+        config["bos_token"] = "<|endoftext|>"
+        tokenizer = json.loads((folder / "tokenizer.json").read_text())
+        (id,) = [token["id"] for token in tokenizer["added_tokens"] if token["content"] == "<|endoftext|>"]
+        bos = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+        tokenizer["post_processor"] = {
+            "type": "TemplateProcessing",
+            "single": [bos, {"Sequence": {"id": "A", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+            "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [id], "tokens": ["<|endoftext|>"]}},
+        }
+        (copy / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (copy / "tokenizer_config.json").write_text(json.dumps(config))
+    return str(copy)
+
+
+def test_a_tokenizer_that_begins_texts_does_so_once(folder, tmp_path):
+    place = changed(folder, tmp_path, adds_bos=True)
+    # Their cache takes the wrong logits where pairs of unequal continuations make one text, as two of these now do.
+    ours, theirs = HarnessModel(place), own_model(place, batch_size=1, logits_cache=False)
+    assert ours.prefix_token_id == theirs.prefix_token_id != ours.eot_token_id == theirs.eot_token_id
+    begun = "<|endoftext|>Who"
+    assert ours.tok_encode("Who") == ours.tok_encode(begun) == theirs.tok_encode(begun)
+    pairs = requests("loglikelihood", *PAIRS, (begun, " signed?"))
+    assert_same(ours.loglikelihood(pairs, disable_tqdm=True), theirs.loglikelihood(pairs, disable_tqdm=True))
+    texts = requests("loglikelihood_rolling", ("Who signed? " * 9,), (begun,))
+    found = ours.loglikelihood_rolling(texts, disable_tqdm=True)
+    np.testing.assert_allclose(found, theirs.loglikelihood_rolling(texts, disable_tqdm=True), atol=1e-3)
+    asked = requests("generate_until", *((text, {"until": [], "max_gen_toks": 9}) for text in ("Who", begun, "")))
+    found = ours.generate_until(asked, disable_tqdm=True)
+    assert found == theirs.generate_until(asked, disable_tqdm=True) and found[0] == found[1] != found[2]
+
+
+def test_what_pads_is_no_part_of_an_answer(folder, tmp_path, monkeypatch):
+    ours = HarnessModel(changed(folder, tmp_path, without=["pad_token"]))
+    prompts = ["0:", "1:", "2:"]
+    ids = [ours.tok_encode(prompt) for prompt in prompts]
+    end = int(ours.model.generate(ids, max_new_tokens=40)[0, len(ids[0]) + 9])
+    monkeypatch.setitem(ours.model.__dict__, "end_ids", [end])  # as if the checkpoint said so
+    rows = ours.model.generate(ids, max_new_tokens=40)
+    assert rows[0, -1] == ours.model.pad_id == 0 != rows[1, -1]  # one ends before another
+    asked = requests("generate_until", *((prompt, {"until": [], "max_gen_toks": 40}) for prompt in prompts))
+    alone = [ours.generate_until([request], disable_tqdm=True)[0] for request in asked]
+    assert ours.generate_until(asked, disable_tqdm=True) == alone
 
 
 def test_a_tokenizer_without_bos_and_eos_is_an_error(folder, tmp_path):
     with pytest.raises(ConfigError, match="has neither bos_token nor eos_token"):
-        HarnessModel(without(folder, tmp_path, "eos_token"))
+        HarnessModel(changed(folder, tmp_path, without=["eos_token"]))
 
 
 def test_a_tokenizer_without_a_chat_template_says_so(folder, tmp_path):
     with pytest.raises(ConversationError, match="has no chat template"):
-        HarnessModel(without(folder, tmp_path, "chat_template")).apply_chat_template(CHAT)
+        HarnessModel(changed(folder, tmp_path, without=["chat_template"])).apply_chat_template(CHAT)
