@@ -148,15 +148,15 @@ class HarnessModel(TemplateLM):
         return scores
 
     def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
-        rows, texts = [], [request.args[0] for request in requests]
-        ends = []
+        texts = [request.args[0] for request in requests]
+        rows, ends = [], [0]
         for text in texts:
             ids = [self.prefix_token_id, *self.tok_encode(text)]
             spans = windows(len(ids), self.max_length, stride=self.max_length)
             rows += [Row(ids[start:end], scored) for start, end, scored in spans]
             ends.append(len(rows))
-        found = [score.log_probability for score in self._scores(rows, disable_tqdm)]
-        sums = [math.fsum(found[start:end]) for start, end in pairwise([0, *ends])]
+        found = [each.log_probability for each in self._scores(rows, disable_tqdm)]
+        sums = [math.fsum(found[start:end]) for start, end in pairwise(ends)]
         for text, total in zip(texts, sums, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), total)
         return sums
