@@ -9,6 +9,7 @@ long as the others; with stride = context the windows are those of lm_eval's `lo
 
 import logging
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -31,14 +32,14 @@ class Perplexity:
         perplexity: exp of the mean negative log-likelihood of a token. Comparable where the tokenizer is the same.
         bits_per_byte: negative log2-likelihood of the text per byte of UTF-8. Comparable between tokenizers.
         word_perplexity: exp of the negative log-likelihood per word, words being what stands between white space;
-            None for a text without words, or where it is more than a float holds.
+            None for a text without words. Both are None where they are more than a float holds.
         documents, tokens, words, bytes: what was scored; tokens are those that were predicted.
         empty_documents: documents without any text (or, without a prefix token, of a single token), which were left
             out.
         context, stride: of the windows.
     """
 
-    perplexity: float
+    perplexity: float | None
     bits_per_byte: float
     word_perplexity: float | None
     documents: int
@@ -113,9 +114,9 @@ def perplexity(
     nats = -sum(found.log_probability for found in score(model, rows, batch_size, on_progress))
     tokens = sum(row.scored for row in rows)
     return Perplexity(
-        perplexity=math.exp(nats / tokens),
+        perplexity=_exponential(nats, tokens),
         bits_per_byte=nats / math.log(2) / size,
-        word_perplexity=math.exp(nats / words) if words and nats / words < 700 else None,
+        word_perplexity=_exponential(nats, words),
         documents=scored_documents,
         tokens=tokens,
         words=words,
@@ -124,3 +125,8 @@ def perplexity(
         context=context,
         stride=stride,
     )
+
+
+def _exponential(nats: float, count: int) -> float | None:
+    """exp(nats / count), where there is such a number."""
+    return math.exp(nats / count) if count and nats / count < math.log(sys.float_info.max) else None

@@ -84,6 +84,14 @@ def test_a_text_without_words_has_no_word_perplexity(model, uniform):
     assert perplexity(uniform, ["x7" * 300]).word_perplexity is None  # exp(1,800 or more) is no float
 
 
+def test_a_model_beyond_all_numbers_has_no_perplexity(model):
+    kernel = model.parameters["lm_head"]["kernel"]
+    model.parameters["lm_head"]["kernel"] = kernel.replace(kernel.get_value() * 1e4)
+    found = perplexity(model, DOCUMENTS)
+    assert found.perplexity is found.word_perplexity is None
+    assert found.bits_per_byte > 700 / math.log(2)
+
+
 def changed_tokenizer(model, folder, **changes) -> VishwamAI:
     shutil.copytree(model.folder, folder)
     path = folder / "tokenizer_config.json"
