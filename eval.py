@@ -1,8 +1,9 @@
-"""Score a trained document model: checkpoint -> predictions -> scores -> report.
+"""Score a trained model: checkpoint -> predictions -> scores -> report.
 
     python eval.py --checkpoint runs/parsit_tiny --benchmarks generated sroie --data sroie=DIR
+    python eval.py --checkpoint runs/vishwamai_tiny --benchmarks perplexity --data perplexity=FILE_OR_DIR
 
-writes `results.json`, `predictions/` and `report.html` into the run's folder (or `--output`).
+writes `results.json` into the run's folder (or `--output`), of a document model also `predictions/` and `report.html`.
 """
 
 import argparse
@@ -20,19 +21,25 @@ from parsit_jax.evaluation.metrics import METRICS
 from parsit_jax.evaluation.report import write_report
 from parsit_jax.evaluation.run import evaluate
 from parsit_jax.inference import ParsitInference
+from vishwamai import VishwamAI
 from vishwamai.checkpoint import CheckpointError, steps
 from vishwamai.config import ConfigError, read_yaml, validate
+from vishwamai.convert.source import open_source
+from vishwamai.data.sources import DataError
+from vishwamai.evaluation.run import BENCHMARKS as TEXT_BENCHMARKS
+from vishwamai.evaluation.run import evaluate as evaluate_text
+from vishwamai.evaluation.run import load_benchmarks as load_text_benchmarks
 from vishwamai.experiment import EvaluationConfig
 
 
 def main(arguments: list[str] | None = None) -> None:
-    known = ", ".join(BENCHMARKS)
+    known = f"of a document model: {', '.join(BENCHMARKS)}; of a text model: {', '.join(TEXT_BENCHMARKS)}"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--checkpoint", required=True, type=Path, help="a run, one of its checkpoints, or an exported folder")
     add("--benchmarks", nargs="+", metavar="NAME", help=f"default: those of the run's config; known: {known}")
-    add("--data", action="append", default=[], metavar="[NAME=]DIR", help="a benchmark's files; repeats")
-    add("--limit", type=int, metavar="N", help="ask only the first N questions of each benchmark")
+    add("--data", action="append", default=[], metavar="[NAME=]PATH", help="a benchmark's files; repeats")
+    add("--limit", type=int, metavar="N", help="only the first N questions, or documents, of each")
     add("--output", type=Path, metavar="DIR", help="where results go; default: the run's folder")
     add("--seed", type=int, default=0, help="which held-out pages are drawn")
     options = parser.parse_args(arguments)
@@ -49,18 +56,24 @@ def main(arguments: list[str] | None = None) -> None:
     console = Console()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     try:
+        is_text = open_source(options.checkpoint).family.build is VishwamAI.accepts
         settings = evaluation_settings(run / "config.yaml")
         names = options.benchmarks or settings.benchmarks
         if not names:
-            parser.error(f"which benchmarks? --benchmarks takes {known}")
+            known = TEXT_BENCHMARKS if is_text else BENCHMARKS
+            parser.error(f"which benchmarks? --benchmarks takes {', '.join(known)}")
         limit = options.limit if options.benchmarks or options.limit else settings.limit
-        benchmarks = load_benchmarks(names, options.data, options.seed)
-        model = ParsitInference(options.checkpoint)
+        if is_text:
+            benchmarks = load_text_benchmarks(names, options.data)
+            model, run_benchmarks = VishwamAI.from_pretrained(options.checkpoint), evaluate_text
+        else:
+            benchmarks = load_benchmarks(names, options.data, options.seed)
+            model, run_benchmarks = ParsitInference(options.checkpoint), evaluate
 
         # -------------------------------------------------------------- predictions and scores
         with Progress(*columns, console=console) as progress:
             tasks = {name: progress.add_task(name, total=None) for name in benchmarks}
-            results = evaluate(
+            results = run_benchmarks(
                 model,
                 benchmarks,
                 output=output,
@@ -69,10 +82,13 @@ def main(arguments: list[str] | None = None) -> None:
                 provenance={"step": checkpoint_step(options.checkpoint), "seed": options.seed},
                 on_progress=lambda name, done, total: progress.update(tasks[name], completed=done, total=total),
             )
-    except (BenchmarkError, CheckpointError, ConfigError, ImageError, OSError) as error:
+    except (BenchmarkError, CheckpointError, ConfigError, DataError, ImageError, OSError) as error:
         parser.exit(1, f"error: {error}\n")
 
     # ------------------------------------------------------------------ report
+    if is_text:
+        console.print(perplexity_table(results))
+        return
     console.print(score_table(results))
     try:
         report = write_report(output, run)
@@ -118,6 +134,18 @@ def score_table(results: dict) -> Table:
         blanked = of["image_blanked"]
         scores = [*(of[metric] for metric in METRICS), blanked["anls"], blanked["exact_match"]]
         table.add_row(name, str(of["examples"]), *(f"{score:.3f}" for score in scores))
+    return table
+
+
+def perplexity_table(results: dict) -> Table:
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table.add_column("benchmark", no_wrap=True)
+    for title in ("documents", "tokens", "perplexity", "bits per byte", "word perplexity"):
+        table.add_column(title, justify="right")
+    for name, of in results["benchmarks"].items():
+        scores = (of[score] for score in ("perplexity", "bits_per_byte", "word_perplexity"))
+        cells = ("-" if score is None else f"{score:.4g}" for score in scores)
+        table.add_row(name, f"{of['documents']:,}", f"{of['tokens']:,}", *cells)
     return table
 
 

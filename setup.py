@@ -1,4 +1,4 @@
-"""Packaging: `pip install -e .[cpu]` (or [cuda], [tpu]); extras [torch] and [test]."""
+"""Packaging: `pip install -e .[cpu]` (or [cuda], [tpu]); extras [torch], [lm_eval] and [test]."""
 
 from pathlib import Path
 
@@ -46,6 +46,7 @@ setup(
         "cuda": ["jax[cuda]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
         "torch": ["torch==2.13.0; python_version == '3.11'", "transformers>=5.0; python_version == '3.11'"],
+        "lm_eval": ["lm_eval>=0.4.13"],
         "test": [
             "pytest>=8",
             "pytest-timeout>=2",
@@ -54,6 +55,7 @@ setup(
             "import-linter>=2.5",
             "torch==2.13.0; python_version == '3.11'",
             "transformers>=5.0; python_version == '3.11'",
+            "lm_eval[hf]>=0.4.13; python_version == '3.11'",
         ],
     },
     entry_points={

@@ -76,7 +76,7 @@ class EvaluationConfig(Config):
 
     benchmarks: list[str] = Field([], description="names of benchmarks")
     limit: int | None = Field(None, gt=0, description="examples per benchmark; null is all")
-    batch_size: int = Field(32, gt=0, description="questions answered at once")
+    batch_size: int = Field(32, gt=0, description="questions answered, or rows of text scored, at once")
 
 
 class Experiment(Config):

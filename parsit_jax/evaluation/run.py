@@ -1,6 +1,5 @@
 """Ask a model a benchmark's questions; write its answers (`predictions/`) and scores (`results.json`)."""
 
-import datetime
 import itertools
 import json
 import os
@@ -15,7 +14,7 @@ from PIL import Image
 from parsit_jax.documents.images import load_image
 from parsit_jax.evaluation.benchmarks import BenchmarkError, Example
 from parsit_jax.evaluation.metrics import METRICS, mean
-from vishwamai.training.run import write_text
+from vishwamai.evaluation.results import write_results
 
 Page = Path | Image.Image
 
@@ -72,15 +71,7 @@ def evaluate(
     for name, examples in asked.items():
         rows = _ask(answerer, name, examples, sizes[name], output, batch_size, on_progress)
         scores[name] = _summarise(rows)
-    results = {
-        "benchmarks": scores,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "seconds": round(time.monotonic() - start, 2),
-        "limit": limit,
-        **(provenance or {}),
-    }
-    write_text(output / "results.json", json.dumps(results, indent=2) + "\n")
-    return results
+    return write_results(output, scores, start=start, limit=limit, provenance=provenance)
 
 
 def _ask(

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from vishwamai.data.batch import Batch
 
@@ -44,16 +44,22 @@ def next_token_loss(
         weighted = jnp.any(chunk_inputs[-1] != 0)
         return jax.lax.cond(weighted, add_chunk, lambda totals, *_: totals, totals, *chunk_inputs), None
 
-    length = hidden.shape[1]
-    # Chunks as even as they can be, which pads least; at least two, so that no logits are those of whole rows.
-    chunk = -(-length // max(2, -(-length // chunk)))
-    padding = -length % chunk
-
-    def split(x):
-        x = jnp.pad(x, ((0, 0), (0, padding)) + ((0, 0),) * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
-
     zero = jnp.zeros((), jnp.float32)
     start = {"loss": zero, "z_loss": zero, "hits": zero}
-    totals, _ = jax.lax.scan(jax.checkpoint(one_chunk), start, (split(hidden), split(targets), split(weights)))
+    totals, _ = jax.lax.scan(jax.checkpoint(one_chunk), start, in_chunks(chunk, hidden, targets, weights))
     return totals["loss"] + totals["z_loss"], totals
+
+
+def in_chunks(chunk: int, *arrays: Shaped[Array, "B T ..."]) -> tuple[Shaped[Array, "C B t ..."], ...]:
+    """Each array cut into C pieces of at most `chunk` positions, the last one padded with zeros, for `lax.scan`.
+
+    The pieces are as even as they can be, which pads least; at least two, so that no logits are those of whole rows.
+    """
+    length = arrays[0].shape[1]
+    chunk = -(-length // max(2, -(-length // chunk)))
+
+    def cut(x):
+        x = jnp.pad(x, ((0, 0), (0, -length % chunk)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
+
+    return tuple(map(cut, arrays))

@@ -8,9 +8,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import yaml
+from hf_folders import model_config
 from PIL import Image
 
 from parsit_jax.evaluation.benchmarks import load_benchmarks
+from vishwamai import families
 from vishwamai.checkpoint import CheckpointError
 from vishwamai.checkpoint.arrays import COMMITTED
 
@@ -41,8 +44,14 @@ def run(tmp_path):
         (folder / "checkpoints" / step).mkdir(parents=True)
         if step != "250":  # half-written
             (folder / "checkpoints" / step / COMMITTED).touch()
-    (folder / "config.yaml").write_text("evaluation: {benchmarks: [generated], limit: 9, batch_size: 4}\n")
+    write_config(folder, benchmarks=["generated"], limit=9, batch_size=4)
     return folder
+
+
+def write_config(folder: Path, **evaluation) -> None:
+    model = model_config("parsit").model_dump(mode="json")
+    config = {"family": "parsit", "model": model, "evaluation": evaluation}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
 
 
 def results_of(folder: Path) -> dict:
@@ -87,9 +96,12 @@ def test_the_runs_config_says_what_to_score_by_default(command, run):
 def test_an_exported_folder_and_another_output(command, tmp_path):
     exported, output = tmp_path / "exported", tmp_path / "scores"
     exported.mkdir()
+    (exported / "config.json").write_text(
+        json.dumps(families.get("parsit").layout.write_config(model_config("parsit")))
+    )
     arguments = ["--checkpoint", str(exported), "--benchmarks", "generated", "--limit", "5"]
     command([*arguments, "--output", str(output), "--seed", "1"])
-    assert not list(exported.iterdir())
+    assert [path.name for path in exported.iterdir()] == ["config.json"]
     assert results_of(output)["step"] is None and results_of(output)["seed"] == 1
     assert results_of(output)["benchmarks"]["generated"]["anls"] == 0.0  # other pages than the model knows
     assert (output / "report.html").is_file()
@@ -103,7 +115,7 @@ def test_an_exported_folder_and_another_output(command, tmp_path):
         (["--checkpoint", "{run}", "--seed", "-1"], "--seed -1: expected at least 0"),
         (["--checkpoint", "{run}", "--benchmarks", "generatd"], "did you mean 'generated'"),
         (["--checkpoint", "{run}", "--benchmarks", "sroie"], "add --data sroie=DIR"),
-        (["--checkpoint", "{run}/checkpoints"], "which benchmarks? --benchmarks takes generated, "),
+        (["--checkpoint", "{run}/checkpoints"], "{run}/checkpoints is neither a run (config.yaml) nor a Hugging"),
     ],
 )
 def test_errors_are_one_line(command, run, capsys, arguments, message):
@@ -111,6 +123,13 @@ def test_errors_are_one_line(command, run, capsys, arguments, message):
         command([argument.format(run=run) for argument in arguments])
     assert stop.value.code in (1, 2)
     assert message.format(run=run) in capsys.readouterr().err
+
+
+def test_without_benchmarks_it_says_which_there_are(command, run, capsys):
+    write_config(run)
+    with pytest.raises(SystemExit):
+        command(["--checkpoint", str(run)])
+    assert "which benchmarks? --benchmarks takes generated, " in capsys.readouterr().err
 
 
 def test_a_checkpoint_that_cannot_be_used_is_one_line(command, run, capsys, monkeypatch):
