@@ -23,11 +23,13 @@ SIZES = (
 class SparseNames(NamedTuple):
     """What a family calls the parts of a mixture layer."""
 
-    block: str = "mlp"
-    gate_proj: str = "gate_proj"
-    up_proj: str = "up_proj"
-    down_proj: str = "down_proj"
+    block: str
+    gate_proj: str
+    up_proj: str
+    down_proj: str
 
+
+QWEN_NAMES = SparseNames("mlp", "gate_proj", "up_proj", "down_proj")
 
 # What a Transformers class computes unless its family says otherwise: {field of TextConfig: its values}.
 PLAIN: dict[str, tuple] = {
@@ -48,7 +50,7 @@ PLAIN: dict[str, tuple] = {
 ANY = None  # a family's class computes every value
 
 
-def rows(config: TextConfig, sparse: SparseNames = SparseNames()) -> list[Row]:
+def rows(config: TextConfig, sparse: SparseNames = QWEN_NAMES) -> list[Row]:
     """The name table."""
     layers = []
     for ours, stack in parts_of(find_pattern(config.kinds)):
@@ -182,7 +184,7 @@ def decoder_family(
     read_config: Callable[[Mapping[str, Any], str], TextConfig],
     write_config: Callable[[TextConfig], dict[str, Any]],
     computes: Mapping[str, tuple | None],
-    sparse: SparseNames = SparseNames(),
+    sparse: SparseNames = QWEN_NAMES,
     further: Callable[[TextConfig], list[str]] = lambda config: [],
 ) -> Family:
     """A text family.

@@ -1,4 +1,4 @@
-"""Gemma 3's text model (`Gemma3ForCausalLM`): local and global layers, each with its own rotary base, sandwich norms."""
+"""Gemma 3's text model (`Gemma3ForCausalLM`): local and global layers, each with a rotary base of its own."""
 
 from collections.abc import Mapping
 from typing import Any

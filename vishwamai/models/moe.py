@@ -17,7 +17,6 @@ from vishwamai.models.layers import Linear, parameter
 from vishwamai.models.mlp import ACTIVATIONS, GatedMLP
 from vishwamai.parallel import sharding
 
-
 Matrices = tuple[Float[Array, "E D F"], Float[Array, "E D F"], Float[Array, "E F D"]]  # gate, up, down
 
 
