@@ -27,7 +27,7 @@ demo: $(VENV)/.installed-cpu
 	JAX_PLATFORMS=cpu $(BIN)/python eval.py --checkpoint $(RUN)
 
 test: $(VENV)/.installed-test
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -m "not slow"
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -m "not slow and not real_weights"
 
 test-slow: $(VENV)/.installed-test
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -m slow

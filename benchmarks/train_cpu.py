@@ -1,20 +1,23 @@
 """Training on the CPU beside Transformers and PyTorch: one model, one process, float32, in turns.
 
     python benchmarks/train_cpu.py               # about 5 minutes on 2 cores
+    python benchmarks/train_cpu.py --config benchmarks/qwen3_moe.yaml
 
-The model of configs/parsit_tiny.yaml starts from random weights, exported into a `LlavaForConditionalGeneration` by our
-own conversion. Both train on the same batches of drawn pages, with AdamW, clipping and the same constants. In turns
-each trains for a few steps; a turn opens its own loader and empties it, so that nobody's pages are drawn in the other's
-time. Needs the `torch` extra. A machine that does other work at the time tells nothing: look at the spread.
+The config's model (default: that of configs/parsit_tiny.yaml) starts from random weights, exported into Transformers'
+class by our own conversion. Both train on the same batches, a document model on drawn pages and a text model on rows of
+random tokens, with AdamW, clipping and the same constants. In turns each trains for a few steps; a turn opens its own
+loader and empties it, so that nobody's pages are drawn in the other's time. Needs the `torch` extra. A machine that
+does other work at the time tells nothing: look at the spread.
 """
 
 import argparse
+import json
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 # ------------------------------------------------------------------ what runs where; before JAX and PyTorch start
@@ -39,8 +42,10 @@ from vishwamai import experiment as experiments  # noqa: E402
 from vishwamai import families  # noqa: E402
 from vishwamai.checkpoint import save_parameters  # noqa: E402
 from vishwamai.convert.to_hf import to_hf  # noqa: E402
+from vishwamai.data.batch import Batch, text_batch  # noqa: E402
 from vishwamai.data.loader import BatchSource, loader  # noqa: E402
 from vishwamai.experiment import Experiment, OptimizerConfig  # noqa: E402
+from vishwamai.models.transformer import Transformer  # noqa: E402
 from vishwamai.parallel.mesh import make_mesh  # noqa: E402
 from vishwamai.parallel.sharding import row_sharding  # noqa: E402
 from vishwamai.training.run import create_run, initial_state, open_tokenizer  # noqa: E402
@@ -74,10 +79,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         experiment = experiments.load(options.config, [*OVERRIDES, f"run_dir={folder}"])
         family, tokenizer = families.get(experiment.family), open_tokenizer(experiment)
-        source, trainer = (
-            family.batch_source(experiment, tokenizer),
-            make_trainer(experiment, family.build, make_mesh(experiment.mesh)),
-        )
+        is_text = family.build is Transformer
+        source = RandomText(experiment) if is_text else family.batch_source(experiment, tokenizer)
+        trainer = make_trainer(experiment, family.build, make_mesh(experiment.mesh))
         state = initial_state(trainer, experiment, family)
         create_run(experiment, tokenizer)
         model = exported(state, folder)
@@ -102,8 +106,21 @@ def exported(state: TrainState, run_dir: str) -> torch.nn.Module:
     save_parameters(run_dir, state.parameters)
     folder = Path(run_dir, "transformers")
     to_hf(run_dir, folder)
+    architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
     options = dict(dtype=torch.float32, attn_implementation="sdpa")
-    return transformers.LlavaForConditionalGeneration.from_pretrained(folder, **options).train()
+    return getattr(transformers, architecture).from_pretrained(folder, **options).train()
+
+
+@dataclass(frozen=True)
+class RandomText:
+    """A BatchSource of whole rows of random tokens."""
+
+    experiment: Experiment
+
+    def batch(self, step: int) -> Batch:
+        shape = self.experiment.training.batch_size, self.experiment.data.max_length
+        ids = np.random.default_rng(step).integers(0, self.experiment.model.vocab_size, shape, np.int32)
+        return replace(text_batch(ids), loss_weights=np.ones(shape, np.float32))
 
 
 def rested(train: Train, steps: range) -> Turn:
@@ -132,24 +149,26 @@ def train_ours(trainer: Trainer, state: TrainState, source: BatchSource) -> Trai
 # ------------------------------------------------------------------ theirs
 @dataclass(frozen=True)
 class TorchBatches:
-    """A BatchSource of what `LlavaForConditionalGeneration` takes, made in the loader's threads too."""
+    """A BatchSource of what Transformers' model takes, made in the loader's threads too."""
 
     source: BatchSource
 
     def batch(self, step: int) -> dict[str, torch.Tensor]:
         batch = self.source.batch(step)
+        labels = np.where(batch.loss_weights > 0, batch.tokens, -100)
+        text = {
+            "input_ids": torch.from_numpy(batch.tokens).long(),
+            "attention_mask": torch.from_numpy(batch.segment_ids).long(),
+            "labels": torch.from_numpy(labels).long(),
+        }
+        if batch.patches is None:
+            return text
         rows, columns = batch.grid
         if batch.patches.shape[1] != rows * columns or not (batch.patch_segment_ids == 1).all():
             raise SystemExit("rows hold one whole page each in this comparison: set data.max_patches=null")
         side = round((batch.patches.shape[2] / 3) ** 0.5)
         pixels = torch.from_numpy(batch.patches).view(-1, rows, columns, 3, side, side).permute(0, 3, 1, 4, 2, 5)
-        labels = np.where(batch.loss_weights > 0, batch.tokens, -100)
-        return {
-            "input_ids": torch.from_numpy(batch.tokens).long(),
-            "attention_mask": torch.from_numpy(batch.segment_ids).long(),
-            "pixel_values": pixels.reshape(-1, 3, rows * side, columns * side).float() / 127.5 - 1,
-            "labels": torch.from_numpy(labels).long(),
-        }
+        return text | {"pixel_values": pixels.reshape(-1, 3, rows * side, columns * side).float() / 127.5 - 1}
 
 
 def train_theirs(model: torch.nn.Module, config: OptimizerConfig, source: BatchSource) -> Train:
@@ -160,16 +179,19 @@ def train_theirs(model: torch.nn.Module, config: OptimizerConfig, source: BatchS
     ]
     constants = dict(lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.epsilon)
     optimizer = torch.optim.AdamW(groups, **constants, fused=True)
+    coefficient = getattr(model.config, "router_aux_loss_coef", 0)
+    routers = {"output_router_logits": True} if coefficient else {}
 
     def train(steps: range) -> Turn:
         start, tokens, losses = time.perf_counter(), 0, []
         for batch in loader(TorchBatches(source), steps.start, steps.stop):
-            loss = model(**batch).loss
-            loss.backward()
+            out = model(**batch, **routers)
+            out.loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
             optimizer.step()
             optimizer.zero_grad()
-            losses.append(loss.item())
+            # Ours tells the cross-entropy alone.
+            losses.append(out.loss.item() - (coefficient * out.aux_loss.item() if routers else 0))
             tokens += int(batch["attention_mask"].sum())
         return Turn(losses, tokens, time.perf_counter() - start)
 
