@@ -32,7 +32,11 @@ class TfdsTexts:
         return len(self._source)
 
     def __getitem__(self, index: int) -> str:
-        return text_of(self._source[index][self._field], self._field, self.where(index))
+        try:
+            example = self._source[index]
+        except (RuntimeError, ValueError) as error:
+            raise DataError(f"{self.where(index)} can't be read: {error}") from None
+        return text_of(example[self._field], self._field, self.where(index))
 
     def where(self, index: int) -> str:
         return f"tfds {self._name} {self._split} example {index}"
