@@ -48,21 +48,22 @@ def cut(text: str, tokenizer: VishwamAITokenizer, length: int | None) -> list[tu
     if length is None or whole <= length:
         return [(0, len(text), whole)]
     _, offsets = tokenizer.encode_with_offsets(text, [(0, len(text))])
-    starts = np.asarray(offsets)[:, 0]
-    edges = whole - len(starts)  # bos and eos: room for both is left in every piece, so that no eos stands alone
+    starts = np.asarray([start for start, _ in offsets] + [len(text)])
+    edges = whole - len(offsets)  # bos and eos: room for both is left in every piece, so that no eos stands alone
     pieces: list[tuple[int, int, int]] = []
     start = 0
     while start < len(text):
-        here = int(np.searchsorted(starts, start))
-        stop = here + length - edges
-        while True:
-            end = int(starts[stop]) if stop < len(starts) else len(text)
-            if end <= start:
+        stop = int(np.searchsorted(starts, start)) + length - edges
+        end = int(starts[min(stop, len(offsets))])
+        if end <= start:
+            end = int(starts[np.searchsorted(starts, start, side="right")])
+        while (tokens := len(encode_piece(text, start, end, tokenizer))) > length:
+            if end == start + 1:
                 raise ValueError(f"character {start} alone needs more than a row's {length} tokens")
-            tokens = len(encode_piece(text, start, end, tokenizer))
-            if tokens <= length:
-                break
-            stop = min(stop, len(starts)) - (tokens - length)
+            # The bytes of characters without a token can have one place in common: cut between the characters.
+            end = start + max(1, (end - start) * length // tokens)
+            before = int(starts[np.searchsorted(starts, end, side="right") - 1])
+            end = before if before > start else end
         pieces.append((start, end, tokens))
         start = end
     return pieces

@@ -348,7 +348,7 @@ def test_tfds_without_tensorflow(built):
         ({"path": "imdb_reviews"}, "tfds opens no split 'train' of 'imdb_reviews' in .*Is it built there"),
         ({"split": "dev"}, "tfds opens no split 'dev' of 'tales' in .*Unknown split 'dev'"),
         ({"text_field": "body"}, "tfds tales has no field 'body', it has .*: set text_field"),
-        ({"text_field": "number"}, "tfds tales train example 0: number is a int64"),
+        ({"text_field": "number"}, "tfds tales train example 0: number is a int"),
     ],
 )
 def test_tfds_that_is_not_there(built, options, message):
