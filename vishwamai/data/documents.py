@@ -52,7 +52,7 @@ class DocumentsConfig(SampledConfig):
     text_field: str = Field("text", description="field, column or feature that holds the text")
     split: str | None = Field(None, description="hf and tfds: the split; null: train")
     separator: str | None = Field(
-        None, min_length=1, description=r"text: what stands between the documents of a file: '\n\n' is a blank line"
+        None, min_length=1, description=r'text: what stands between the documents of a file: "\n\n" is a blank line'
     )
     data_dir: str | None = Field(None, description="tfds: where datasets are built; null: its own default")
 

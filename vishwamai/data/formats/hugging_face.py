@@ -13,6 +13,7 @@ from vishwamai.data.sources import DataError, stamp
 
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
 _READERS = {".parquet": ParquetTexts, ".jsonl": JsonlTexts}
+_SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval")
 
 
 class ArrowTexts:
@@ -58,16 +59,12 @@ def open_folder(folder: Path, split: str | None, field: str) -> list[Texts]:
             "files that end in .parquet or .jsonl"
         )
     chosen = [path for path in files if _names(path.relative_to(folder), split or "train")]
-    if not chosen and split is None:
-        chosen = files  # as `load_dataset`: what says no split is train
-        if others := [path for path in files if any(_names(path.relative_to(folder), name) for name in _OTHERS)]:
-            raise DataError(f"{folder} has no files of the split train, it has {others[0].name}: set split")
+    if split is None and not any(_names(path.relative_to(folder), name) for name in _SPLIT_NAMES for path in files):
+        chosen = files  # as `load_dataset`: where no name says a split, all is train
     if not chosen:
-        raise DataError(f"{folder} has no files of the split {split}, it has {', '.join(p.name for p in files[:5])}")
+        there = ", ".join(path.name for path in files[:5])
+        raise DataError(f"{folder} has no files of the split {split or 'train'}, it has {there}: set split")
     return [_READERS[path.suffix](path, field) for path in chosen]
-
-
-_OTHERS = ("test", "validation", "valid", "val", "dev", "eval")
 
 
 def _names(path: Path, split: str) -> bool:

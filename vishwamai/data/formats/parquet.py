@@ -13,7 +13,7 @@ from vishwamai.data.formats import no_field, text_of
 from vishwamai.data.sources import DataError, stamp
 
 # Row groups are read whole: this many stay in memory (of all files together), and larger ones are told of.
-KEPT_GROUPS = 16
+KEPT_GROUPS = 4
 LARGE_GROUP = 32_000_000  # bytes
 
 logger = logging.getLogger(__name__)
