@@ -41,7 +41,7 @@ def cut(text: str, tokenizer: VishwamAITokenizer, length: int | None) -> list[tu
     """(first character, end, tokens) of pieces of at most `length` tokens; None: all is one piece.
 
     Cut between tokens of the whole text, so the pieces' tokens are those of the whole wherever the tokenizer reads
-    a part as it reads the whole (BPE and unigram models do, but for spaces at a cut). The characters always are.
+    a part as it reads the whole (BPE and unigram models do, but not where they drop spaces). All characters are there.
     Raises ValueError where not even one character fits.
     """
     whole = len(encode_document(text, tokenizer))
