@@ -53,7 +53,7 @@ def test_vishwamai_tiny_learns_english_and_holds_some_out(tmp_path, monkeypatch)
     assert len(starts) > 0.8 * len(topics)
     assert starts.isdisjoint(f"<s>{text}"[:40] for text in held_out)
     # Learned from real English: a token is several characters.
-    characters = sum(len(text) for text in learned) / pool.tokens_per_epoch()[0]
+    characters = sum(len(text) for text in learned) / pool.tokens_per_epoch[0]
     assert characters > 2.5
 
 

@@ -108,6 +108,7 @@ class PackedPool:
         self.plan = plan(kept, lengths, capacity, seed)
         self.records, self.lengths, self.load, self.seed = records, lengths, load, seed
         self.ends = np.asarray([len(records)] if ends is None else ends)
+        self.tokens_per_epoch = self._count(self.plan.order)  # of each dataset
         logger.info("%s examples in %s rows an epoch, %s left out", len(kept), len(self.plan), self.skipped)
 
     def row(self, index: int) -> list[Example]:
@@ -116,12 +117,13 @@ class PackedPool:
 
     def tokens(self, start: int, stop: int) -> Int64[np.ndarray, " D"]:
         """How many tokens of rows [start, stop) each dataset gives. Nothing is loaded."""
-        rows = [self._members(row) for row in range(start, stop)]
-        return self._count(np.concatenate(rows) if rows else np.zeros(0, np.int64))
-
-    def tokens_per_epoch(self) -> Int64[np.ndarray, " D"]:
-        """How many tokens each dataset has, without what is left out."""
-        return self._count(self.plan.order)
+        rows = len(self.plan)
+        first, last = -(-start // rows), stop // rows  # the epochs that lie in between whole
+        if first < last:
+            ends = self.tokens(start, first * rows) + self.tokens(last * rows, stop)
+            return ends + (last - first) * self.tokens_per_epoch
+        members = [self._members(row) for row in range(start, stop)]
+        return self._count(np.concatenate(members) if members else np.zeros(0, np.int64))
 
     def _count(self, members: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " D"]:
         datasets = np.searchsorted(self.ends, members, side="right")
@@ -130,12 +132,8 @@ class PackedPool:
         return counts
 
     def _members(self, index: int) -> Int64[np.ndarray, " n"]:
-        from grain.experimental import index_shuffle  # here, so that opening a model does without grain
-
         epoch, place = divmod(index, len(self.plan))
-        seed = _epoch_seed(tuple(self.seed), epoch)
-        row = index_shuffle(place, max_index=len(self.plan) - 1, seed=seed, rounds=_ROUNDS)
-        return self.plan[row]
+        return self.plan[_shuffled(place, len(self.plan), (*self.seed, epoch))]
 
     def _example(self, member: int) -> Example:
         record = self.records[member]
@@ -148,6 +146,9 @@ class PackedPool:
         return example
 
 
-@lru_cache(8)
-def _epoch_seed(seed: tuple[int, ...], epoch: int) -> int:
-    return int(np.random.SeedSequence([*seed, epoch]).generate_state(1)[0])
+@lru_cache(2**14)  # a row's tokens are counted after it was made; and in small pools the cipher takes milliseconds
+def _shuffled(place: int, rows: int, seed: tuple[int, ...]) -> int:
+    from grain.experimental import index_shuffle  # here, so that opening a model does without grain
+
+    seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    return index_shuffle(place, max_index=rows - 1, seed=seed, rounds=_ROUNDS)

@@ -104,9 +104,9 @@ def batch_source(experiment: Experiment, tokenizer: VishwamAITokenizer) -> Mixed
     names = iter(_names(data.datasets))
     named = tuple(tuple(next(names) for _ in group) for group in groups) if len(data.datasets) > 1 else ()
     # A row of one dataset may be fuller than one of another: weights are of rows, what is told is of tokens.
-    planned = [weight / len(pool.plan) * pool.tokens_per_epoch() for weight, pool in zip(weights, streams, strict=True)]
+    planned = [weight / len(pool.plan) * pool.tokens_per_epoch for weight, pool in zip(weights, streams, strict=True)]
     for group, pool, shares in zip(named, streams, planned, strict=bool(named)):
-        for name, tokens, share in zip(group, pool.tokens_per_epoch(), shares / sum(map(np.sum, planned)), strict=True):
+        for name, tokens, share in zip(group, pool.tokens_per_epoch, shares / sum(map(np.sum, planned)), strict=True):
             logger.info("%s: %s tokens an epoch, planned as %.1f %% of all tokens", name, f"{tokens:,}", 100 * share)
     return MixedBatches(streams, weights, Capacity(data.max_length), experiment.training.batch_size, named)
 

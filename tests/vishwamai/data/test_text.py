@@ -170,7 +170,7 @@ def test_the_mixture_that_is_told_is_that_of_the_batches(source_from, caplog, we
         rows = Counter("ac" in tokenizer.decode(row) for step in range(50) for row in source.batch(step).tokens)
         assert rows[True] == round(200 * weights[0] / sum(weights))
     epochs = source.mixture(0, 1000)["a.jsonl"]
-    tokens = sum(pool.tokens_per_epoch()[0] for pool in source.streams[:1])
+    tokens = sum(pool.tokens_per_epoch[0] for pool in source.streams[:1])
     (told,) = re.findall(rf"a\.jsonl: {tokens:,} tokens an epoch, planned as ([\d.]+) % of all tokens", caplog.text)
     assert epochs == pytest.approx(float(told) / 100, abs=0.02)
 
