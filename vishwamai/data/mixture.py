@@ -78,10 +78,12 @@ class MixedBatches:
 
     def mixture(self, start: int, stop: int) -> dict[str, float]:
         """The share of each dataset in the tokens of the batches [start, stop), from the plan: nothing is loaded."""
+        if not self.names:
+            return {}
         before = rows_of(self._fractions, start * self.batch_size)
         after = rows_of(self._fractions, stop * self.batch_size)
         tokens: dict[str, int] = {}
-        for names, stream, first, end in zip(self.names, self.streams, before, after, strict=bool(self.names)):
+        for names, stream, first, end in zip(self.names, self.streams, before, after, strict=True):
             tokens |= zip(names, stream.tokens(first, end).tolist(), strict=True)
         total = sum(tokens.values())
         return {name: count / total for name, count in tokens.items()}

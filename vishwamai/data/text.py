@@ -96,19 +96,28 @@ def batch_source(experiment: Experiment, tokenizer: VishwamAITokenizer) -> Mixed
     check_vocabulary(tokenizer, experiment.model)
     held_out = open_documents(data.held_out, experiment.seed) if data.held_out else None
     weighted = data.datasets[0].weight is not None
-    groups = [[dataset] for dataset in data.datasets] if weighted else [data.datasets]
-    streams = tuple(
-        _pool(group, data, tokenizer, (experiment.seed, number), held_out) for number, group in enumerate(groups)
-    )
-    weights = tuple(group[0].weight or 1.0 for group in groups)
-    names = iter(_names(data.datasets))
-    named = tuple(tuple(next(names) for _ in group) for group in groups) if len(data.datasets) > 1 else ()
-    # A row of one dataset may be fuller than one of another: weights are of rows, what is told is of tokens.
-    planned = [weight / len(pool.plan) * pool.tokens_per_epoch for weight, pool in zip(weights, streams, strict=True)]
-    for group, pool, shares in zip(named, streams, planned, strict=bool(named)):
-        for name, tokens, share in zip(group, pool.tokens_per_epoch, shares / sum(map(np.sum, planned)), strict=True):
-            logger.info("%s: %s tokens an epoch, planned as %.1f %% of all tokens", name, f"{tokens:,}", 100 * share)
-    return MixedBatches(streams, weights, Capacity(data.max_length), experiment.training.batch_size, named)
+    groups = [[number] for number in range(len(data.datasets))] if weighted else [list(range(len(data.datasets)))]
+    pools, weights, names = [], [], []
+    for number, members in enumerate(groups):
+        datasets = [data.datasets[member] for member in members]
+        pools.append(_pool(datasets, data, tokenizer, (experiment.seed, number), held_out))
+        weights.append(datasets[0].weight or 1.0)
+        names.append(tuple(_name(data.datasets, member) for member in members))
+    if len(data.datasets) == 1:
+        names = []  # nothing is mixed
+    _tell_plan(pools, weights, names)
+    room = Capacity(data.max_length)
+    return MixedBatches(tuple(pools), tuple(weights), room, experiment.training.batch_size, tuple(names))
+
+
+def _tell_plan(pools: Sequence[PackedPool], weights: Sequence[float], names: Sequence[tuple[str, ...]]) -> None:
+    """Logs the share of each dataset in all tokens: weights are of rows, and one dataset's may be fuller."""
+    shares = [weight / len(pool.plan) * pool.tokens_per_epoch for pool, weight in zip(pools, weights, strict=True)]
+    for number, group in enumerate(names):
+        for place, name in enumerate(group):
+            tokens = f"{pools[number].tokens_per_epoch[place]:,}"
+            percent = 100 * shares[number][place] / sum(map(np.sum, shares))
+            logger.info("%s: %s tokens an epoch, planned as %.1f %% of all tokens", name, tokens, percent)
 
 
 def _pool(
@@ -138,7 +147,7 @@ def _pool(
     return PackedPool(items, np.concatenate(lengths), load, room, seed, data.too_long, items.ends)
 
 
-def _names(datasets: Sequence[DatasetConfig]) -> list[str]:
-    """What the log calls each: the end of its path, with its number where two are called the same."""
+def _name(datasets: Sequence[DatasetConfig], number: int) -> str:
+    """What the log calls a dataset: the end of its path, with its number where another is called the same."""
     ends = [Path(dataset.path or dataset.json_path).name for dataset in datasets]
-    return [f"{end}.{number}" if ends.count(end) > 1 else end for number, end in enumerate(ends)]
+    return f"{ends[number]}.{number}" if ends.count(ends[number]) > 1 else ends[number]
