@@ -49,18 +49,18 @@ def cut(text: str, tokenizer: VishwamAITokenizer, length: int | None) -> list[tu
         return [(0, len(text), whole)]
     _, offsets = tokenizer.encode_with_offsets(text, [(0, len(text))])
     starts = np.asarray([start for start, _ in offsets] + [len(text)])
-    edges = whole - len(offsets)  # bos and eos: room for both is left in every piece, so that no eos stands alone
     pieces: list[tuple[int, int, int]] = []
     start = 0
     while start < len(text):
-        stop = int(np.searchsorted(starts, start)) + length - edges
+        room = length - (start == 0 and tokenizer.bos_token_id is not None)
+        stop = int(np.searchsorted(starts, start)) + room
         end = int(starts[min(stop, len(offsets))])
         if end <= start:
             end = int(starts[np.searchsorted(starts, start, side="right")])
         while (tokens := len(encode_piece(text, start, end, tokenizer))) > length:
             if end == start + 1:
                 raise ValueError(f"character {start} alone needs more than a row's {length} tokens")
-            # The bytes of characters without a token can have one place in common: cut between the characters.
+            # The last piece has eos too; and bytes of characters without a token can have one place in common.
             end = start + max(1, (end - start) * length // tokens)
             before = int(starts[np.searchsorted(starts, end, side="right") - 1])
             end = before if before > start else end

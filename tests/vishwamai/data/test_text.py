@@ -160,14 +160,14 @@ def said_by(source, tokenizer, names, start, stop):
 @pytest.mark.parametrize("weights", [(3.0, 1.0), (0.1, 0.9), (None, None)])
 def test_the_mixture_that_is_told_is_that_of_the_batches(source_from, caplog, weights):
     caplog.set_level(logging.INFO)
-    files = {"a": ["ac" * n for n in range(1, 60)], "b": ["bd" * n for n in range(1, 25)]}
+    files = {"a": ["aa" * n for n in range(1, 60)], "b": ["bb" * n for n in range(1, 25)]}
     datasets = [{"path": "a.jsonl", "weight": weights[0]}, {"path": "b.jsonl", "weight": weights[1]}]
     source, tokenizer = source_from(files, datasets)
-    names = {"a.jsonl": "ac", "b.jsonl": "bd"}
+    names = {"a.jsonl": "a", "b.jsonl": "b"}
     for start, stop in [(0, 1), (3, 9), (0, 50)]:
         assert source.mixture(start, stop) == pytest.approx(said_by(source, tokenizer, names, start, stop))
     if weights[0] is not None:  # rows are as they were promised, to the row
-        rows = Counter("ac" in tokenizer.decode(row) for step in range(50) for row in source.batch(step).tokens)
+        rows = Counter("a" in tokenizer.decode(row) for step in range(50) for row in source.batch(step).tokens)
         assert rows[True] == round(200 * weights[0] / sum(weights))
     epochs = source.mixture(0, 1000)["a.jsonl"]
     tokens = sum(pool.tokens_per_epoch[0] for pool in source.streams[:1])
