@@ -118,8 +118,13 @@ def open_pieces(
     """
     key = ["pieces", documents.fingerprint, length, held_out and held_out.fingerprint]
     index = kept(key, tokenizer, lambda: _index(documents, tokenizer, length, set(held_out or ())))
-    _tell(documents, index, _EMPTY, "%s of %s documents have no text and are left out; the first is %s")
-    _tell(documents, index, _HELD_OUT, "%s of %s documents are held out and not learned; the first is %s")
+    for kind, level, what in (
+        (_EMPTY, logging.WARNING, "without text, left out"),
+        (_HELD_OUT, logging.INFO, "held out, not learned"),
+    ):
+        if len(found := index[index[:, 3] == kind, 0]):
+            first = documents.where(int(found[0]))
+            logger.log(level, "%s: %s of %s documents; the first is %s", what, len(found), len(documents), first)
     index = index[index[:, 3] > 0]
     if not len(index):
         raise DataError(
@@ -142,8 +147,3 @@ def _index(
         except ValueError as error:
             raise DataError(f"{documents.where(number)}: {error}") from error
     return np.asarray(rows, np.int64)
-
-
-def _tell(documents: Documents, index: Int64[np.ndarray, "N 4"], kind: int, message: str) -> None:
-    if len(found := index[index[:, 3] == kind, 0]):
-        logger.warning(message, len(found), len(documents), documents.where(int(found[0])))

@@ -143,17 +143,18 @@ def test_documents_without_text_are_named(tmp_path, opened, caplog):
         caplog.clear()
         pieces = open_pieces(documents, opened["tiny"], 32)
         assert [piece.document for piece in pieces] == [0, 2]
-        assert f"2 of 4 documents have no text and are left out; the first is {tmp_path}/a/001.txt" in caplog.text
+        assert f"without text, left out: 2 of 4 documents; the first is {tmp_path}/a/001.txt" in caplog.text
     with pytest.raises(DataError, match=r"none of the 1 documents can be learned from; the first is .*000\.txt"):
         open_pieces(documents_of(tmp_path, [" "], "blank"), opened["tiny"], 32)
 
 
 def test_what_is_held_out_is_not_learned(tmp_path, opened, caplog):
+    caplog.set_level(logging.INFO)
     documents = documents_of(tmp_path, ["one", "two", "three", "two"])
     held_out = documents_of(tmp_path, ["two", "four"], "held_out")
     assert [piece.document for piece in open_pieces(documents, opened["tiny"], 32)] == [0, 1, 2, 3]
     assert [piece.document for piece in open_pieces(documents, opened["tiny"], 32, held_out)] == [0, 2]
-    assert "2 of 4 documents are held out and not learned; the first is" in caplog.text
+    assert "held out, not learned: 2 of 4 documents; the first is" in caplog.text
 
 
 def test_no_unicode_is_named(tmp_path, opened):
