@@ -1,6 +1,7 @@
 """Documents -> pieces that fit a row, and nothing lost: what pre-training learns from."""
 
 import logging
+from array import array
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -137,13 +138,14 @@ def _index(
     documents: Documents, tokenizer: VishwamAITokenizer, length: int | None, held_out: AbstractSet[str]
 ) -> Int64[np.ndarray, "N 4"]:
     logger.info("counting the tokens of %s documents", len(documents))
-    rows: list[tuple[int, int, int, int]] = []
+    rows = array("q")  # 32 bytes a piece, where a list of tuples has 200
     for number, text in enumerate(documents):
         if text in held_out or not text.strip():
-            rows.append((number, 0, 0, _HELD_OUT if text in held_out else _EMPTY))
+            rows.extend((number, 0, 0, _HELD_OUT if text in held_out else _EMPTY))
             continue
         try:
-            rows += [(number, *piece) for piece in cut(text, tokenizer, length)]
+            for piece in cut(text, tokenizer, length):
+                rows.extend((number, *piece))
         except ValueError as error:
             raise DataError(f"{documents.where(number)}: {error}") from error
-    return np.asarray(rows, np.int64)
+    return np.asarray(rows, np.int64).reshape(-1, 4)

@@ -2,6 +2,7 @@
 
 import mmap
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +21,8 @@ class TextFiles:
 
     def __init__(self, paths: Sequence[Path], separator: str | None = None):
         self._paths, self._separator = list(paths), separator
-        spans = [span for number, path in enumerate(paths) for span in _spans(number, path, separator)]
-        self._spans = np.asarray(spans, np.int64).reshape(-1, 4)  # file, first byte, end, line
+        spans = chain.from_iterable(_spans(number, path, separator) for number, path in enumerate(paths))
+        self._spans = np.fromiter(chain.from_iterable(spans), np.int64).reshape(-1, 4)  # file, first byte, end, line
         self.fingerprint = [separator, [stamp(path) for path in paths]]
 
     def __len__(self) -> int:
