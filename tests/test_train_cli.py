@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 import train as train_script
@@ -86,6 +88,32 @@ def test_train_resume_finish(config, tmp_path, capsys):
     assert "optimizer.schedule: 'constant' -> 'cosine'\n" in str(error.value)
     assert "model.rope_theta: 1000000.0 -> 500000.0\n" in str(error.value)
     assert "training.steps" not in str(error.value)
+
+
+def test_documents_and_conversations_mixed(config, tmp_path, capsys):
+    """Also resumed between two lines of the log."""
+    (tmp_path / "tales.txt").write_text("\n\n".join(f"Once {n} cats met {n + 1} dogs. " * n for n in range(1, 40)))
+    tales = f'{{path: {tmp_path}/tales.txt, separator: "\\n\\n", weight: 3}}'
+    data = f"data.datasets=[{tales}, {{json_path: {tmp_path}/sums.jsonl, weight: 1}}]"
+    arguments = [data, "logging.every=4", "optimizer.schedule=constant"]
+    assert run(config, *arguments, "--show-batch") == 0
+    shown = capsys.readouterr().out
+    assert re.search(r"-- example 1\n.⟦[^⟧]*cats met [^⟧]*⟧\n", shown)  # all is learned but the first token
+
+    assert run(config, *arguments, f"run_dir={tmp_path}/whole") == 0
+    assert run(config, *arguments, "training.steps=6") == 0
+    assert run(config, *arguments) == 0
+    told, whole = [
+        [
+            (line["step"], line["mixture/tales.txt"], line["mixture/sums.jsonl"])
+            for line in map(json.loads, lines(folder))
+        ]
+        for folder in (tmp_path / "run", tmp_path / "whole")
+    ]
+    assert [step for step, *_ in whole] == [4, 8, 12]
+    assert told[-2:] == whole[-2:] and all(tales + sums == pytest.approx(1) for _, tales, sums in whole)
+    assert 0.6 < np.mean([tales for _, tales, _ in whole]) < 0.9
+    assert metrics(tmp_path / "run")[-1] == metrics(tmp_path / "whole")[-1]
 
 
 def test_a_run_starts_from_another(config, tmp_path):

@@ -1,4 +1,4 @@
-"""`vishwamai convert from-hf SRC DST`, `vishwamai convert to-hf SRC DST`, `vishwamai generate`."""
+"""`vishwamai convert from-hf SRC DST`, `convert to-hf SRC DST`, `generate`, `tokenizer train`."""
 
 import argparse
 import logging
@@ -33,6 +33,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     generate.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
     generate.add_argument("--stop", action="append", help="text that ends the answer; repeats")
     generate.set_defaults(run=_generate)
+    tokenizer = commands.add_parser("tokenizer", help="tokenizers of one's own")
+    train = tokenizer.add_subparsers(required=True, metavar="ACTION").add_parser("train", help="learn one from text")
+    train.add_argument("--input", required=True, nargs="+", metavar="PATH", help="files, folders, globs: data.datasets")
+    train.add_argument("--vocab-size", required=True, type=int, metavar="N", help="ids in all: symbols, bytes, pieces")
+    train.add_argument("--output", required=True, metavar="DIR", help="folder to write; must not exist, or be empty")
+    train.add_argument("--model-type", choices=("unigram", "bpe"), default="unigram", help="default: unigram")
+    train.add_argument("--format", default="auto", help="text, jsonl, parquet, hf, tfds, python (default: by the path)")
+    train.add_argument("--text-field", default="text", metavar="NAME", help="field that holds the text (default: text)")
+    train.add_argument("--split", metavar="NAME", help="of a dataset (default: train)")
+    train.add_argument("--sampling-strategy", default="all", metavar="PART", help="e.g. first:90%% (default: all)")
+    train.set_defaults(run=_train_tokenizer)
     options = parser.parse_args(arguments)
     return options.run(options)
 
@@ -81,6 +92,25 @@ def _generate(options: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(text[len(shown) :])
+    return 0
+
+
+def _train_tokenizer(options: argparse.Namespace) -> int:
+    from vishwamai.config import ConfigError, validate
+    from vishwamai.data.documents import DocumentsConfig, open_documents
+    from vishwamai.data.sources import DataError
+    from vishwamai.tokenizer_training import ModelType, train_tokenizer
+
+    names = ("format", "text_field", "split", "sampling_strategy")
+    shared = {name: getattr(options, name) for name in names}
+    try:
+        entries = [validate(DocumentsConfig, {"path": path, **shared}, "tokenizer train") for path in options.input]
+        documents = open_documents(entries, seed=0)
+        train_tokenizer(documents, options.vocab_size, options.output, ModelType(options.model_type))
+    except (ConfigError, DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{options.output}: {options.vocab_size} ids learned from {len(documents)} documents")
     return 0
 
 

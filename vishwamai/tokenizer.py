@@ -123,9 +123,12 @@ class VishwamAITokenizer:
         ids = self._backend.encode(_checked(text), add_special_tokens)[0]
         return ids if return_tensors is None else _as_array([ids], return_tensors)
 
-    def encode_plain(self, text: str) -> list[int]:
-        """Ids of `text` as ordinary text: `<|im_end|>` in it is ten characters, never the end of a turn."""
-        return self._backend.encode_plain(_checked(text))[0]
+    def encode_plain(self, text: str, continued: bool = False) -> list[int]:
+        """Ids of `text` as ordinary text: `<|im_end|>` in it is ten characters, never the end of a turn.
+
+        `continued`: other text stands before it, so that it gets no space that the tokenizer puts before a text.
+        """
+        return self._backend.encode_plain(_checked(text), continued)[0]
 
     def encode_with_offsets(self, text: str, plain: Sequence[tuple[int, int]] = ()) -> tuple[list[int], Offsets]:
         """Ids of `text`, and for each the range of characters that it came from.

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from parsit_jax.documents.generator import KINDS
 from vishwamai.config import Config
+from vishwamai.data.mixture import all_or_none
 from vishwamai.data.pool import TooLong
 from vishwamai.data.sources import FilesConfig
 
@@ -78,10 +79,8 @@ class ParsitData(Config):
 
     @model_validator(mode="after")
     def _weights(self) -> Self:
-        weighted = [dataset.weight is not None for dataset in self.datasets]
-        if any(weighted) and not all(weighted):
-            raise ValueError("either every dataset has a weight or none has")
+        all_or_none(self.datasets)
         endless = any(dataset.generated for dataset in self.datasets)
-        if endless and len(self.datasets) > 1 and not any(weighted):
+        if endless and len(self.datasets) > 1 and self.datasets[0].weight is None:
             raise ValueError("generated pages never end: beside other datasets every dataset needs a weight")
         return self

@@ -48,6 +48,9 @@ class Sums:
             ),
         )
 
+    def mixture(self, start: int, stop: int) -> dict[str, float]:
+        return {}
+
 
 @pytest.fixture
 def source() -> Sums:

@@ -1,4 +1,4 @@
-"""What importing costs: no PyTorch, no Transformers, no TensorFlow, no network, no accelerator."""
+"""What importing costs: no PyTorch, no Transformers, no TensorFlow, no Arrow, no network, no accelerator."""
 
 import subprocess
 import sys
@@ -11,7 +11,8 @@ from parsit_jax import Parsit
 import vishwamai.cli, vishwamai.convert.to_hf, vishwamai.convert.from_hf
 for name in families.names():
     families.get(name)
-print(sorted({"torch", "transformers", "tensorflow", "huggingface_hub"} & set(sys.modules)))
+others = {"torch", "transformers", "tensorflow", "huggingface_hub", "pyarrow", "tensorflow_datasets"}
+print(sorted(others & set(sys.modules)))
 """
 
 

@@ -26,29 +26,38 @@ def length_index(
 ) -> Int32[np.ndarray, "N 2"]:
     """(tokens, patches) of every record; `key` is what else `measure` depends on.
 
-    Kept in `$XDG_CACHE_HOME/vishwamai/lengths` under a hash of files (path, size, time), tokenizer, key.
-    Raises what `measure` raises.
+    Kept in `$XDG_CACHE_HOME/vishwamai/lengths` under a hash of files (path, size, time), tokenizer, key. So the
+    text is tokenised twice: here, once for all runs, and when a batch is made. Raises what `measure` raises.
     """
-    parts = json.dumps([_FORMAT, records.fingerprint, _tokenizer_hash(tokenizer), key])
+
+    def count() -> Int32[np.ndarray, "N 2"]:
+        logger.info("counting the tokens of %s examples", len(records))
+        return np.asarray([measure(record) for record in records], np.int32)
+
+    return kept([records.fingerprint, key], tokenizer, count)
+
+
+def kept(key: Any, tokenizer: VishwamAITokenizer, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """What `make` returns, from the cache where it was made before for the same `key` (JSON) and tokenizer."""
+    parts = json.dumps([_FORMAT, key, _tokenizer_hash(tokenizer)])
     path = _folder() / f"{hashlib.sha256(parts.encode()).hexdigest()[:32]}.npy"
     try:
         return np.load(path)
     except (OSError, ValueError, EOFError):  # not there, or damaged: counted anew
         pass
-    logger.info("counting the tokens of %s examples", len(records))
-    lengths = np.asarray([measure(record) for record in records], np.int32)
+    array = make()
     part = path.with_name(f"{path.stem}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Renamed into place: a run that is killed, or one beside it, never sees half a file.
         with part.open("wb") as file:
-            np.save(file, lengths)
+            np.save(file, array)
         part.replace(path)
     except OSError as error:
         logger.warning("token counts are not kept for the next run: %s", error)
         with suppress(OSError):
             part.unlink()
-    return lengths
+    return array
 
 
 def _folder() -> Path:

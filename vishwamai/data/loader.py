@@ -19,6 +19,10 @@ class BatchSource(Protocol):
         """The batch of step 0, 1, 2, ... as numpy arrays."""
         ...
 
+    def mixture(self, start: int, stop: int) -> dict[str, float]:
+        """The share of each dataset in the tokens of steps [start, stop); empty where it is not known."""
+        ...
+
 
 def loader(source: BatchSource, start: int, stop: int, *, threads: int = 2, prefetch: int = 4) -> Iterator[Batch]:
     """The batches of steps [start, stop) in order, made ahead of time by threads.

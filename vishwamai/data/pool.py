@@ -8,17 +8,29 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
+from typing import Protocol, TypeVar
 
 import numpy as np
 from jaxtyping import Int, Int64
 
 from vishwamai.data.packing import Capacity, Example, first_fit
-from vishwamai.data.sources import DataError, Record
+from vishwamai.data.sources import DataError
 
 WINDOW = 4096
 _ROUNDS = 4  # of the cipher behind index_shuffle
 
 logger = logging.getLogger(__name__)
+
+
+class Named(Protocol):
+    """What a pool holds: `where` is what errors call it."""
+
+    @property
+    def where(self) -> str: ...
+
+
+R = TypeVar("R", bound=Named)
 
 
 class TooLong(StrEnum):
@@ -79,31 +91,49 @@ def fitting(
 
 
 class PackedPool:
-    """A RowStream over records."""
+    """A RowStream over records, of one dataset or of several behind each other: `ends[k]` is where dataset k ends."""
 
     def __init__(
         self,
-        records: Sequence[Record],
+        records: Sequence[R],
         lengths: Int[np.ndarray, "N 2"],
-        load: Callable[[Record], Example],
+        load: Callable[[R], Example],
         capacity: Capacity,
         seed: Sequence[int],
         too_long: TooLong = TooLong.ERROR,
+        ends: Sequence[int] | None = None,
     ):
         kept = fitting(lengths, capacity, too_long, lambda index: records[index].where)
         self.skipped = len(lengths) - len(kept)
         self.plan = plan(kept, lengths, capacity, seed)
         self.records, self.lengths, self.load, self.seed = records, lengths, load, seed
+        self.ends = np.asarray([len(records)] if ends is None else ends)
+        self.tokens_per_epoch = self._count(self.plan.order)  # of each dataset
         logger.info("%s examples in %s rows an epoch, %s left out", len(kept), len(self.plan), self.skipped)
 
     def row(self, index: int) -> list[Example]:
         """The examples of row `index`, counted over all epochs."""
-        from grain.experimental import index_shuffle  # here, so that opening a model does without grain
+        return [self._example(int(member)) for member in self._members(index)]
 
+    def tokens(self, start: int, stop: int) -> Int64[np.ndarray, " D"]:
+        """How many tokens of rows [start, stop) each dataset gives. Nothing is loaded."""
+        rows = len(self.plan)
+        first, last = -(-start // rows), stop // rows  # the epochs that lie in between whole
+        if first < last:
+            ends = self.tokens(start, first * rows) + self.tokens(last * rows, stop)
+            return ends + (last - first) * self.tokens_per_epoch
+        members = [self._members(row) for row in range(start, stop)]
+        return self._count(np.concatenate(members) if members else np.zeros(0, np.int64))
+
+    def _count(self, members: Int64[np.ndarray, " n"]) -> Int64[np.ndarray, " D"]:
+        datasets = np.searchsorted(self.ends, members, side="right")
+        counts = np.zeros(len(self.ends), np.int64)
+        np.add.at(counts, datasets, self.lengths[members, 0])
+        return counts
+
+    def _members(self, index: int) -> Int64[np.ndarray, " n"]:
         epoch, place = divmod(index, len(self.plan))
-        seed = int(np.random.SeedSequence([*self.seed, epoch]).generate_state(1)[0])
-        row = index_shuffle(place, max_index=len(self.plan) - 1, seed=seed, rounds=_ROUNDS)
-        return [self._example(int(member)) for member in self.plan[row]]
+        return self.plan[_shuffled(place, len(self.plan), (*self.seed, epoch))]
 
     def _example(self, member: int) -> Example:
         record = self.records[member]
@@ -114,3 +144,11 @@ class PackedPool:
                 f"{record.where} has {len(example.tokens)} tokens, {planned} were counted: the file changed"
             )
         return example
+
+
+@lru_cache(2**14)  # a row's tokens are counted after it was made; and in small pools the cipher takes milliseconds
+def _shuffled(place: int, rows: int, seed: tuple[int, ...]) -> int:
+    from grain.experimental import index_shuffle  # here, so that opening a model does without grain
+
+    seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    return index_shuffle(place, max_index=rows - 1, seed=seed, rounds=_ROUNDS)

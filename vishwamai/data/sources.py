@@ -24,10 +24,9 @@ class DataError(ValueError):
     """Data that can't be learned from; the message says the file, the line or id, and what was found."""
 
 
-class FilesConfig(Config):
-    """A part of one or several files of conversations."""
+class SampledConfig(Config):
+    """A part of some data."""
 
-    json_path: str = Field(description=".json or .jsonl, a list as /path/{a,b}.json, or a .yaml mix of such")
     sampling_strategy: str = Field(
         "all", description="all, first:N, end:N, random:N or N%; N may be a share: first:10%"
     )
@@ -40,6 +39,12 @@ class FilesConfig(Config):
         return value
 
 
+class FilesConfig(SampledConfig):
+    """A part of one or several files of conversations."""
+
+    json_path: str = Field(description=".json or .jsonl, a list as /path/{a,b}.json, or a .yaml mix of such")
+
+
 @dataclass(frozen=True)
 class Record:
     """One object of the file `path`, which `files` named; `where` is what errors call it."""
@@ -48,6 +53,12 @@ class Record:
     where: str
     path: Path
     files: FilesConfig
+
+
+def stamp(path: Path) -> list[str | int]:
+    """What of a file changes when its content does: path, size, time."""
+    stat = path.stat()
+    return [str(path.resolve()), stat.st_size, stat.st_mtime_ns]
 
 
 def chosen(strategy: str, count: int, seed: Sequence[int], where: str) -> np.ndarray:
@@ -97,9 +108,13 @@ class JsonLines:
 
     def __getitem__(self, index: int) -> tuple[Any, str]:
         start, end = (int(at) for at in self._ranges[index])
-        line = int(self._lines[index])
         # pread: threads share the file without sharing its position.
-        return _parsed(os.pread(self._file.fileno(), end - start, start), self.path, line), f"{self.path} line {line}"
+        raw = os.pread(self._file.fileno(), end - start, start)
+        return _parsed(raw, self.path, int(self._lines[index])), self.where(index)
+
+    def where(self, index: int) -> str:
+        """What errors call it."""
+        return f"{self.path} line {self._lines[index]}"
 
 
 class JsonList:
@@ -109,7 +124,7 @@ class JsonList:
         self.path = path
         self.items = _parsed(path.read_bytes(), path)
         if not isinstance(self.items, list):
-            raise DataError(f"{path} holds {_kind(self.items)}, expected a list (an object per line is .jsonl)")
+            raise DataError(f"{path} holds {kind_of(self.items)}, expected a list (an object per line is .jsonl)")
 
     def __len__(self) -> int:
         return len(self.items)
@@ -139,8 +154,7 @@ class Records(Sequence[Record]):
                 raise DataError(f"{path} holds no examples")
             taken = chosen(config.sampling_strategy, len(source), seed, str(path))
             self._parts.append((source, taken, config))
-            stat = path.stat()
-            self.fingerprint.append([str(path.resolve()), stat.st_size, stat.st_mtime_ns, config.model_dump(), seed])
+            self.fingerprint.append([*stamp(path), config.model_dump(), seed])
         self._ends = list(accumulate(len(taken) for _, taken, _ in self._parts))
         if not len(self):
             raise DataError(f"no examples are taken from {', '.join(file.json_path for file in files)}")
@@ -155,7 +169,7 @@ class Records(Sequence[Record]):
         source, taken, config = self._parts[part]
         data, where = source[int(taken[index - (self._ends[part] - len(taken))])]
         if not isinstance(data, dict):
-            raise DataError(f"{where} is {_kind(data)}, expected an object with `conversations` or `messages`")
+            raise DataError(f"{where} is {kind_of(data)}, expected an object with `conversations` or `messages`")
         return Record(data, f"{where} (id {data['id']})" if "id" in data else where, source.path, config)
 
 
@@ -174,7 +188,7 @@ def _flattened(config: FilesConfig, schema: type[FilesConfig], inside: tuple[str
             raise ConfigError(f"{path} has the keys {', '.join(map(str, mix))}, expected `datasets:` and a list")
         for number, entry in enumerate(mix["datasets"]):
             if not isinstance(entry, dict):
-                raise ConfigError(f"{path}: datasets.{number} is {_kind(entry)}, expected json_path and more")
+                raise ConfigError(f"{path}: datasets.{number} is {kind_of(entry)}, expected json_path and more")
             inner = validate(schema, {**shared, **entry}, f"{path}: datasets.{number}")
             yield from _flattened(inner, schema, (*inside, path))
 
@@ -191,6 +205,7 @@ def _parsed(raw: bytes, path: Path, line: int | None = None) -> Any:
         raise DataError(f"{path} line {line} is not UTF-8: byte {error.object[error.start]:#04x}") from None
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """What errors call a value of JSON."""
     names = {dict: "an object", list: "a list", str: "a text", type(None): "null"}
     return names.get(type(value), f"a {type(value).__name__}")

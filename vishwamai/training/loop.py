@@ -73,6 +73,8 @@ def train(
             clock.count(taken.batch)
             if taken.step % experiment.logging.every == 0 or taken.step == steps:
                 line = {"step": taken.step, "loss": metrics.pop("loss")} | clock.read(taken.batch) | metrics
+                told = (taken.step - 1) // experiment.logging.every * experiment.logging.every  # the line before
+                line |= {f"mixture/{name}": share for name, share in source.mixture(told, taken.step).items()}
                 writer.write(line)
                 progress.update(line)
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vishwamai.data.mixture import MixedBatches, assign
+from vishwamai.data.mixture import MixedBatches, assign, rows_of
 from vishwamai.data.packing import Capacity, Example
 
 WEIGHTS = st.lists(st.integers(1, 50), min_size=1, max_size=5)
@@ -21,6 +21,9 @@ def test_every_stream_has_its_share_and_its_rows_in_order(weights, count):
         mine = [own for which, own in found if which == stream]
         assert mine == list(range(len(mine)))
         assert abs(len(mine) - count * weight / sum(weights)) < len(weights)
+    for rows in (0, 1, count // 2, count):
+        dealt = Counter(which for which, _ in found[:rows])
+        assert rows_of(weights, rows) == [dealt[stream] for stream in range(len(weights))]
 
 
 def test_far_rows_are_found_at_once():

@@ -16,7 +16,7 @@ from vishwamai.data.sources import DataError, FilesConfig, Record, Records
 CAPACITY = Capacity(50, 8, ImageLayout(2, 2, 12))
 
 
-def pool_of(count, seed=(0,), too_long=TooLong.ERROR, longest=40):
+def pool_of(count, seed=(0,), too_long=TooLong.ERROR, longest=40, ends=None):
     lengths = np.random.default_rng(5).integers((1, 0), (longest, 3), (count, 2)) * (1, 4)
     records = [Record({"n": n}, f"a.json item {n}", None, None) for n in range(count)]
 
@@ -24,7 +24,7 @@ def pool_of(count, seed=(0,), too_long=TooLong.ERROR, longest=40):
         n = record.data["n"]
         return Example(np.full(lengths[n, 0], n), np.ones(lengths[n, 0], np.float32))
 
-    return PackedPool(records, lengths, load, CAPACITY, seed, too_long)
+    return PackedPool(records, lengths, load, CAPACITY, seed, too_long, ends)
 
 
 def said(pool, rows):
@@ -63,6 +63,21 @@ def test_a_restart_gives_the_same_rows_and_another_seed_others():
     rows = [0, 5, 1000, 123_456_789]
     assert said(pool_of(100), rows) == said(pool_of(100), rows)
     assert said(pool_of(100), range(20)) != said(pool_of(100, seed=(1,)), range(20))
+
+
+def test_tokens_of_each_dataset_are_counted_without_loading(monkeypatch):
+    """Of any rows, whole epochs among them: those of the rows themselves."""
+    pool = pool_of(60, ends=(10, 11, 60))
+    rows = len(pool.plan)
+    for start, stop in [(0, 0), (3, 9), (0, rows), (rows - 2, rows + 1), (5, 3 * rows + 4), (rows, 2 * rows)]:
+        expected = [0, 0, 0]
+        for row in range(start, stop):
+            for example in pool.row(row):
+                expected[np.searchsorted((9, 10, 59), example.tokens[0])] += len(example.tokens)
+        with monkeypatch.context() as nothing:
+            nothing.setattr(pool, "load", None)
+            assert pool.tokens(start, stop).tolist() == expected
+    assert pool.tokens_per_epoch.sum() == pool.lengths[:, 0].sum()
 
 
 def test_too_long_is_an_error_or_a_counted_skip(caplog):

@@ -40,6 +40,9 @@ class At:
         batch = self.source.batch(step)
         return (self.act(batch) or batch) if step == self.step else batch
 
+    def mixture(self, start, stop):
+        return self.source.mixture(start, stop)
+
 
 def unplug(batch):
     raise Unplugged("the plug")
@@ -142,6 +145,28 @@ def test_fewer_lines_when_asked_for(run, source, uninterrupted):
     *_, lines = run(source, logging={"every": 4}, **SECTIONS)
     assert [line["step"] for line in lines] == [4, 8, 9]
     assert numbers(lines) == numbers([uninterrupted[i] for i in (3, 7, 8)])
+
+
+@dataclass
+class Mixed:
+    """A source whose mixture says which steps it was asked for."""
+
+    source: object
+
+    def batch(self, step):
+        return self.source.batch(step)
+
+    def mixture(self, start, stop):
+        return {"a.jsonl": start / 16, "b": stop / 16}
+
+
+def test_the_mixture_since_the_last_line_also_when_resumed(run, source):
+    sections = SECTIONS | {"logging": {"every": 4}}
+    with pytest.raises(Unplugged):
+        run(At(Mixed(source), 6, unplug), **sections)
+    *_, lines = run(Mixed(source), **sections)
+    told = [(line["mixture/a.jsonl"] * 16, line["mixture/b"] * 16) for line in lines]
+    assert told == [(0, 4), (4, 8), (8, 9)]
 
 
 @pytest.mark.parametrize("bad", [0, 5, 8])
