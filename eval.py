@@ -1,7 +1,7 @@
 """Score a trained model: checkpoint -> predictions -> scores -> report.
 
     python eval.py --checkpoint runs/parsit_tiny --benchmarks generated sroie --data sroie=DIR
-    python eval.py --checkpoint runs/vishwamai_tiny --benchmarks perplexity --data perplexity=FILE_OR_DIR
+    python eval.py --checkpoint runs/vishwamai_tiny --benchmarks perplexity
 
 writes `results.json` into the run's folder (or `--output`), of a document model also `predictions/` and `report.html`.
 """
@@ -64,8 +64,8 @@ def main(arguments: list[str] | None = None) -> None:
             parser.error(f"which benchmarks? --benchmarks takes {', '.join(known)}")
         limit = options.limit if options.benchmarks or options.limit else settings.limit
         if is_text:
-            benchmarks = load_text_benchmarks(names, options.data)
             model, run_benchmarks = VishwamAI.from_pretrained(options.checkpoint), evaluate_text
+            benchmarks = load_text_benchmarks(names, options.data, model.experiment)
         else:
             benchmarks = load_benchmarks(names, options.data, options.seed)
             model, run_benchmarks = ParsitInference(options.checkpoint), evaluate

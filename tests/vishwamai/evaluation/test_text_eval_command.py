@@ -5,11 +5,11 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from vishwamai import VishwamAI
 from vishwamai.convert.from_hf import from_hf
 from vishwamai.evaluation.perplexity import perplexity
-from vishwamai.evaluation.run import read_documents
 
 EVAL = Path(__file__).parents[3] / "eval.py"
 DOCUMENTS = ["The total is 12.50.", "Who signed? " * 20, "", "x y"]
@@ -55,6 +55,17 @@ def test_a_run_is_scored_as_its_config_says(command, run, held_out, capsys):
     assert row[1:] == ["2", str(wanted.tokens), *(f"{score:.4g}" for score in scores)]
 
 
+def test_what_a_run_held_out(command, run, held_out, tmp_path):
+    tree = yaml.safe_load((run / "config.yaml").read_text())
+    entry = {"path": str(held_out), "sampling_strategy": "first:2"}
+    data = {"max_length": 32, "datasets": [{"path": str(held_out)}], "held_out": [entry]}
+    fixed = {"run_dir": str(run), "tokenizer": "unused", "training": {"steps": 1, "batch_size": 1}}
+    (run / "config.yaml").write_text(yaml.safe_dump(tree | fixed | {"data": data}))
+    command(["--checkpoint", str(run), "--benchmarks", "perplexity"])
+    wanted = perplexity(VishwamAI.from_pretrained(run), DOCUMENTS[:2])
+    assert scores_in(run)["benchmarks"]["perplexity"]["perplexity"] == pytest.approx(wanted.perplexity, rel=1e-5)
+
+
 def test_an_exported_folder_named_benchmarks_and_another_output(command, text_folder, held_out, tmp_path, caplog):
     before = sorted(text_folder.iterdir())
     call = ["--checkpoint", str(text_folder), "--benchmarks", "perplexity", "--output", str(tmp_path / "scores")]
@@ -71,12 +82,12 @@ def test_an_exported_folder_named_benchmarks_and_another_output(command, text_fo
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "benchmark 'perplexity' needs held-out text: add --data perplexity=FILE_OR_DIR"),
+        ([], "benchmark 'perplexity' needs held-out text: add --data perplexity=PATH, or train with data.held_out"),
         (["--benchmarks", "perplexty"], "did you mean 'perplexity'? A text model can be scored on: perplexity"),
         (["--benchmarks", "sroie"], "unknown benchmark 'sroie': A text model can be scored on: perplexity"),
-        (["--data", "x.txt"], "--data x.txt: expected NAME=FILE_OR_DIR, NAME being perplexity"),
+        (["--data", "x.txt"], "--data x.txt: expected NAME=PATH, NAME being perplexity"),
         (["--data", "perplexity=a", "--data", "perplexity=b"], "two texts for 'perplexity': a and b"),
-        (["--data", "perplexity=nowhere.txt"], "nowhere.txt is no such file: expected a .txt or .jsonl file"),
+        (["--data", "perplexity=nowhere.txt"], "no data file nowhere.txt"),
     ],
 )
 def test_errors_are_one_line(command, run, capsys, arguments, message):
@@ -92,33 +103,3 @@ def test_without_benchmarks_it_says_which_there_are(command, text_folder, capsys
         command(["--checkpoint", str(text_folder)])
     assert stop.value.code == 2
     assert "which benchmarks? --benchmarks takes perplexity\n" in capsys.readouterr().err
-
-
-def test_documents_of_files_and_folders(held_out, tmp_path):
-    folder = tmp_path / "texts"
-    folder.mkdir()
-    (folder / "b.txt").write_text("one\ndocument", encoding="utf-8")
-    (folder / "a.jsonl").write_bytes(held_out.read_bytes())
-    (folder / "c.md").write_text("not read")
-    assert read_documents(held_out) == DOCUMENTS
-    assert read_documents(folder / "b.txt") == ["one\ndocument"]
-    assert read_documents(folder) == [*DOCUMENTS, "one\ndocument"]
-
-
-@pytest.mark.parametrize(
-    "name, content, message",
-    [
-        ("a.jsonl", b'{"text": "x"}\n{"txt": "y"}\n', r"a.jsonl line 2 is .*, expected an object with `text`"),
-        ("a.jsonl", b'["x"]\n', r"a.jsonl line 1 is \['x'\], expected an object with `text`"),
-        ("a.jsonl", b"{\n", "a.jsonl"),
-        ("a.txt", b"\xff\xfe", "a.txt is no UTF-8 text"),
-        ("a.md", b"x", "a.md is a file of another kind: expected a .txt or .jsonl file"),
-        ("b/c.md", b"x", "b holds no .txt and no .jsonl file"),
-    ],
-)
-def test_what_is_no_text(tmp_path, name, content, message):
-    path = tmp_path / name
-    path.parent.mkdir(exist_ok=True)
-    path.write_bytes(content)
-    with pytest.raises(ValueError, match=message):
-        read_documents(path if path.parent == tmp_path else path.parent)
