@@ -1,13 +1,16 @@
 """Every config in configs/ is valid, says its own command, and fits its tokenizer; nothing is allocated."""
 
+import math
 from pathlib import Path
 from pydoc_data.topics import topics
 
+import jax
 import pytest
 
 from vishwamai import experiment as experiments
 from vishwamai import families
 from vishwamai.config import ConfigError
+from vishwamai.convert.parameters import abstract_parameters
 from vishwamai.data.documents import open_documents
 from vishwamai.tokenizer import VishwamAITokenizer
 from vishwamai.training.summary import dry_run
@@ -27,13 +30,32 @@ def test_a_config_is_valid_and_says_its_command(path):
     assert f"python train.py --config configs/{path.name}" in header
     assert Path(experiment.run_dir).name == path.stem
     family = families.get(experiment.family)
-    tokenizer = VishwamAITokenizer.from_pretrained(ROOT / experiment.tokenizer)
-    assert tokenizer.vocab_size == family.text_config(experiment.model).vocab_size
+    if (ROOT / experiment.tokenizer).is_dir():
+        tokenizer = VishwamAITokenizer.from_pretrained(ROOT / experiment.tokenizer)
+        assert tokenizer.vocab_size == family.text_config(experiment.model).vocab_size
+    else:
+        assert f" {experiment.tokenizer}\n" in header, "the header says how it is made"
     assert "dry run: nothing was allocated" in dry_run(experiment, family)
 
 
-@pytest.mark.parametrize("name", ["parsit_tiny", "vishwamai_tiny"])
-def test_a_tiny_model_uses_only_what_transformers_can_express(name):
+SIZES = {  # parameters in all
+    "vishwamai_base": 0.76e9,
+    "vishwamai_moe_16b": 15.6e9,
+    "qwen3_1_7b": 1.72e9,
+    "qwen3_8b": 8.19e9,
+    "qwen3_30b_a3b": 30.53e9,
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_a_named_size_is_that_size(name):
+    experiment = experiments.load(ROOT / "configs" / f"{name}.yaml")
+    abstract = abstract_parameters(families.get(experiment.family).build, experiment.model)
+    assert sum(math.prod(x.shape) for x in jax.tree.leaves(abstract)) == pytest.approx(SIZES[name], rel=0.03)
+
+
+@pytest.mark.parametrize("name", ["parsit_tiny", "vishwamai_tiny", *SIZES])
+def test_a_model_uses_only_what_transformers_can_express(name):
     experiment = experiments.load(ROOT / "configs" / f"{name}.yaml")
     layout = families.get(experiment.family).layout
     assert layout.unsupported(experiment.model, experiment.data) == []
