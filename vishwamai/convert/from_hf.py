@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from vishwamai.checkpoint import save_parameters
+from vishwamai.checkpoint import save_deferred
 from vishwamai.checkpoint.arrays import brief
 from vishwamai.config import ConfigError
 from vishwamai.convert.folder import CARRIED, NAMES, fresh_folder
@@ -45,9 +45,10 @@ def from_hf(source: str | Path, destination: str | Path) -> Published:
         for path in tokenizer:
             (folder / "tokenizer").mkdir(exist_ok=True)
             shutil.copyfile(path, folder / "tokenizer" / path.name)
-        parameters = opened.parameters()
         try:
-            save_parameters(folder, parameters)
+            save_deferred(folder, opened.arrays)
+        except ConfigError:
+            raise
         except Exception as error:  # Orbax and TensorStore raise many kinds; all mean that it is not on disk
             raise ConfigError(f"{destination} could not be written: {brief(error)}") from error
     return opened

@@ -305,7 +305,7 @@ def test_nothing_is_left_behind_when_writing_fails(tmp_path, monkeypatch):
 
     # As TensorStore says it, and as the operating system does.
     told = ValueError('RESOURCE_EXHAUSTED: Error writing "a/0.0": Failed to write: No space left on device')
-    monkeypatch.setattr("vishwamai.convert.from_hf.save_parameters", full(told))
+    monkeypatch.setattr("vishwamai.convert.from_hf.save_deferred", full(told))
     with pytest.raises(ConfigError, match="run could not be written: no space left on device"):
         from_hf(tmp_path / "source", tmp_path / "run")
     monkeypatch.undo()

@@ -96,13 +96,13 @@ def test_what_an_index_promises_must_be_there(tmp_path):
         Weights(tmp_path)
     for text in ('{"weight_map"', "[]", '{"weight_map": ["t0"]}', '{"weight_map": {"t0": 1}}'):
         (tmp_path / INDEX).write_text(text)
-        with pytest.raises(ConfigError, match="is no index of safetensors"):
+        with pytest.raises(ConfigError, match="is no index of model.safetensors"):
             Weights(tmp_path)
 
 
 def test_a_folder_without_safetensors_says_what_it_holds(tmp_path):
     with pytest.raises(ConfigError, match="has neither model.safetensors nor .*; found no weights at all"):
         Weights(tmp_path)
-    (tmp_path / "pytorch_model.bin").touch()
-    with pytest.raises(ConfigError, match="found pytorch_model.bin. Save the model as safetensors first"):
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(ConfigError, match="found model.gguf. Save the model with Transformers' save_pretrained"):
         Weights(tmp_path)
