@@ -59,10 +59,14 @@ setup(
     entry_points={
         "console_scripts": ["vishwamai=vishwamai.cli:main"],
         "vishwamai.families": [
+            "gemma2=vishwamai.models.gemma2:FAMILY",
+            "gemma3=vishwamai.models.gemma3:FAMILY",
             "llama=vishwamai.models.llama:FAMILY",
             "mistral=vishwamai.models.mistral:FAMILY",
+            "mixtral=vishwamai.models.mixtral:FAMILY",
             "qwen2=vishwamai.models.qwen2:FAMILY",
             "qwen3=vishwamai.models.qwen3:FAMILY",
+            "qwen3_moe=vishwamai.models.qwen3_moe:FAMILY",
             "siglip=parsit_jax.models.siglip_family:FAMILY",
             "parsit=parsit_jax.models.parsit_family:FAMILY",
         ],

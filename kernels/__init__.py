@@ -1,6 +1,6 @@
 """Arrays in, arrays out: the kernels both models stand on. Knows no model, no config, no Flax.
 
-Shape letters: B batch, T/S query/key length, N query heads, K key heads, H head dim.
+Shape letters: B batch, T/S query/key length, N query heads, K key heads, H head dim, E experts.
 
 Names load on first use: Transformers looks for a Hugging Face package that is also called `kernels` and imports what
 it finds under that name. That must cost nothing, and must carry no `__version__` that Transformers would act on.
@@ -8,14 +8,20 @@ it finds under that name. That must cost nothing, and must carry no `__version__
 
 import importlib
 
-# The folder shares its name with the function it exports. Importing the (empty) folder first and dropping the name
+# Folders share their names with the functions they export. Importing the (empty) folders first and dropping the names
 # lets `from kernels import attention` give the function, whichever module was imported before.
 import kernels.attention
+import kernels.grouped_matmul
 
-del attention, kernels  # noqa: F821
+del attention, grouped_matmul, kernels  # noqa: F821
 
-_HOME = {"Mask": "kernels.attention.mask", "attention": "kernels.attention.api"}
-__all__ = ["Mask", "attention"]
+_HOME = {
+    "Mask": "kernels.attention.mask",
+    "attention": "kernels.attention.api",
+    "grouped_matmul": "kernels.grouped_matmul.api",
+    "route": "kernels.router",
+}
+__all__ = ["Mask", "attention", "grouped_matmul", "route"]
 
 
 def __getattr__(name: str):

@@ -20,11 +20,20 @@ VISION = dict(
     hidden_size=20, intermediate_size=28, num_hidden_layers=3, num_attention_heads=2, image_size=16, patch_size=4,
     vision_use_head=True,
 )  # fmt: skip
+SPARSE = dict(num_experts=3, num_experts_per_tok=2, moe_intermediate_size=12, aux_loss_scope="model")
+GEMMA = dict(
+    zero_centered_norms=True, sandwich_norms=True, scale_embeddings=True, hidden_act="gelu_pytorch_tanh",
+    sliding_window=5, layer_types=["sliding_attention", "full_attention"], num_hidden_layers=5,
+)  # fmt: skip
 MODELS = {
+    "gemma2": TEXT | GEMMA | dict(qk_norm=False, attn_logit_softcapping=9.0),
+    "gemma3": TEXT | GEMMA | dict(rope_local_base_freq=5000.0),
     "llama": TEXT | dict(qk_norm=False, attention_bias="all", mlp_bias=True),
     "mistral": TEXT | dict(qk_norm=False, sliding_window=5),
+    "mixtral": TEXT | dict(qk_norm=False, intermediate_size=12, mixture=SPARSE),
     "qwen2": TEXT | dict(qk_norm=False, attention_bias="qkv", tie_word_embeddings=True),
     "qwen3": TEXT,
+    "qwen3_moe": TEXT | dict(num_hidden_layers=4, mixture=SPARSE | dict(mlp_only_layers=[0])),
     "siglip": VISION,
     "parsit": dict(text=TEXT, vision=VISION, image_token_id=60, vision_feature_layer=-2),
 }

@@ -12,7 +12,7 @@ from parsit_jax.models.siglip import SiglipVision
 from vishwamai.data.batch import Batch
 from vishwamai.models.config import Remat
 from vishwamai.models.layers import Linear
-from vishwamai.models.transformer import Transformer
+from vishwamai.models.transformer import Decoded, Transformer
 
 
 class Projector(nnx.Module):
@@ -76,9 +76,12 @@ class ParsitModel(nnx.Module):
     def features_per_row(self, batch: Batch) -> int:
         return batch.patches.shape[1] // (4 if self.config.pooling is Pooling.AVERAGE_2X2 else 1)
 
-    def hidden_states(self, batch: Batch, dtype=jnp.float32, remat: Remat = Remat.NONE) -> Float[Array, "B T D"]:
+    def decoded(self, batch: Batch, dtype=jnp.float32, remat: Remat = Remat.NONE) -> Decoded:
         x = self.embed(batch, dtype, remat)
-        return self.language_model.decoder(x, batch.positions, self.mask(batch), remat=remat)[0]
+        return self.language_model.decoder(x, batch.positions, self.mask(batch), remat=remat)
+
+    def hidden_states(self, batch: Batch, dtype=jnp.float32, remat: Remat = Remat.NONE) -> Float[Array, "B T D"]:
+        return self.decoded(batch, dtype, remat).hidden
 
     def unembed(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
         return self.language_model.unembed(x)

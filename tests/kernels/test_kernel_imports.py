@@ -23,17 +23,18 @@ def test_importing_costs_nothing():
 
 
 def test_the_exported_names():
-    assert run("import kernels; print(dir(kernels))") == "['Mask', 'attention']"
-    with pytest.raises(AttributeError, match="kernels exports Mask, attention; found 'flash'"):
+    assert run("import kernels; print(dir(kernels))") == "['Mask', 'attention', 'grouped_matmul', 'route']"
+    with pytest.raises(AttributeError, match="kernels exports Mask, attention, grouped_matmul, route; found 'flash'"):
         import kernels
 
         kernels.flash  # noqa: B018
 
 
-@pytest.mark.parametrize("first", ["import kernels.attention", "from kernels.attention import xla", "import kernels"])
-def test_attention_is_the_function_whatever_was_imported_before(first):
-    script = f"{first}\nfrom kernels import Mask\nfrom kernels import attention\nprint(attention.__module__)"
-    assert run(script) == "kernels.attention.api"
+@pytest.mark.parametrize("first", ["import kernels.attention", "from kernels.grouped_matmul import xla", "import kernels"])
+def test_names_are_functions_whatever_was_imported_before(first):
+    script = f"{first}\nfrom kernels import Mask, attention, grouped_matmul\n"
+    script += "print(attention.__module__, grouped_matmul.__module__)"
+    assert run(script) == "kernels.attention.api kernels.grouped_matmul.api"
 
 
 def test_transformers_works_beside_it():

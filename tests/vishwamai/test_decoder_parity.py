@@ -30,7 +30,29 @@ OTHERS = {  # what each family adds to the maths, once
     "llama, biases, linear": dict(family="llama", attention_bias=True, mlp_bias=True, **stretched("linear")),
     "mistral": dict(family="mistral", sliding_window=None),
     "mistral, window": dict(family="mistral", sliding_window=7),
-}
+    "qwen3, windows behind": dict(**{**WINDOW, "max_window_layers": 1}),
+    "qwen2, windows in turn": dict(
+        family="qwen2", num_hidden_layers=5, use_sliding_window=True, sliding_window=9,
+        layer_types=["full_attention", "sliding_attention"] * 2 + ["full_attention"],
+    ),
+    "gemma2": dict(family="gemma2"),
+    "gemma3": dict(family="gemma3"),
+    "gemma3, soft-cap, bases, linear": dict(
+        family="gemma3", num_hidden_layers=13, final_logit_softcapping=1.5,
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "rope_theta": 300_000.0, "factor": 8.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 5_000.0},
+        },
+        tie_word_embeddings=False,
+    ),
+    "mixtral": dict(family="mixtral", tie_word_embeddings=False),
+    "mixtral, window": dict(family="mixtral", sliding_window=7),
+    "qwen3_moe": dict(family="qwen3_moe", norm_topk_prob=True, tie_word_embeddings=False),
+    "qwen3_moe, some dense, window": dict(
+        family="qwen3_moe", num_hidden_layers=6, mlp_only_layers=[0], decoder_sparse_step=2, use_sliding_window=True,
+        sliding_window=9,
+    ),
+}  # fmt: skip
 
 
 def opened(kind, tmp_path_factory):

@@ -1,14 +1,16 @@
 """What decoder families share at Hugging Face: names of tensors, keys of config.json. A family adds what is its own."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
-from vishwamai.config import ConfigError
+from vishwamai.config import Config, ConfigError
 from vishwamai.convert.hf_config import Reader, build
-from vishwamai.convert.layout import LAYER, Layout, Row, inside, linear, norm
+from vishwamai.convert.layout import EXPERT, LAYER, TRANSPOSE, Layout, Row, inside, linear, norm
+from vishwamai.convert.rope_keys import read_rope, write_rope
 from vishwamai.data.text import TextData, batch_source
 from vishwamai.families import Family
-from vishwamai.models.config import RopeScaling, RopeType, TextConfig
+from vishwamai.models.config import Activation, AttentionBias, LayerType, TextConfig
 from vishwamai.models.pattern import find_pattern, parts_of
 from vishwamai.models.transformer import Transformer
 
@@ -16,23 +18,45 @@ SIZES = (
     "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
     "max_position_embeddings rms_norm_eps tie_word_embeddings initializer_range"
 ).split()
-ROPE_KEYS = {  # what each kind of scaling has in config.json, beside rope_type and rope_theta
-    RopeType.LINEAR: ("factor",),
-    RopeType.LLAMA3: ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
-    RopeType.YARN: (
-        "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate", "attention_factor",
-        "mscale", "mscale_all_dim",
-    ),
-}  # fmt: skip
 
 
-def rows(config: TextConfig) -> list[Row]:
+class SparseNames(NamedTuple):
+    """What a family calls the parts of a mixture layer."""
+
+    block: str = "mlp"
+    gate_proj: str = "gate_proj"
+    up_proj: str = "up_proj"
+    down_proj: str = "down_proj"
+
+
+# What a Transformers class computes unless its family says otherwise: {field of TextConfig: its values}.
+PLAIN: dict[str, tuple] = {
+    "qk_norm": (False,),
+    "attention_bias": (AttentionBias.NONE,),
+    "mlp_bias": (False,),
+    "sliding_window": (None,),
+    "layer_types": (None,),
+    "rope_local_base_freq": (None,),
+    "query_pre_attn_scalar": (None,),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "zero_centered_norms": (False,),
+    "sandwich_norms": (False,),
+    "scale_embeddings": (False,),
+    "mixture": (None,),
+}
+ANY = None  # a family's class computes every value
+
+
+def rows(config: TextConfig, sparse: SparseNames = SparseNames()) -> list[Row]:
     """The name table."""
     layers = []
     for ours, stack in parts_of(find_pattern(config.kinds)):
         numbers = stack.numbers if stack.stacked else None
         theirs = LAYER if stack.stacked else stack.name
-        layers += inside(_layer(config), f"{ours}.", f"model.layers.{theirs}.", layers=numbers)
+        own = _attention(config)
+        own += _experts(config, sparse) if config.kinds[stack.numbers[0]].sparse else _gated("mlp", config.mlp_bias)
+        layers += inside(own, f"{ours}.", f"model.layers.{theirs}.", layers=numbers)
     return [
         Row(("embed_tokens.embedding",), "model.embed_tokens.weight"),
         *layers,
@@ -41,16 +65,32 @@ def rows(config: TextConfig) -> list[Row]:
     ]
 
 
-def _layer(config: TextConfig) -> list[Row]:
+def _attention(config: TextConfig) -> list[Row]:
+    """Of a layer: its attention, and all its norms."""
     on_inputs, on_output = config.attention_bias.of_layers
     norms = ["input_layernorm", "post_attention_layernorm"]
     norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"] if config.sandwich_norms else []
     norms += ["self_attn.q_norm", "self_attn.k_norm"] if config.qk_norm else []
-    linears = {f"self_attn.{name}_proj": on_inputs for name in "qkv"} | {"self_attn.o_proj": on_output}
-    linears |= {f"mlp.{name}_proj": config.mlp_bias for name in ("gate", "up", "down")}
-    return [row for name in norms for row in norm(name, name)] + [
-        row for name, bias in linears.items() for row in linear(name, name, bias)
-    ]
+    table = [row for name in norms for row in norm(name, name)]
+    for name in "qkv":
+        table += linear(f"self_attn.{name}_proj", f"self_attn.{name}_proj", on_inputs)
+    return table + linear("self_attn.o_proj", "self_attn.o_proj", on_output)
+
+
+def _gated(block: str, bias: bool) -> list[Row]:
+    names = [f"{block}.{name}_proj" for name in ("gate", "up", "down")]
+    return [row for name in names for row in linear(name, name, bias)]
+
+
+def _experts(config: TextConfig, sparse: SparseNames) -> list[Row]:
+    mixture, block = config.mixture, sparse.block
+    table = linear("mlp.gate", f"{block}.gate")
+    for ours, theirs in zip(("gate_proj", "up_proj", "down_proj"), sparse[1:], strict=True):
+        name = f"{block}.experts.{EXPERT}.{theirs}.weight"
+        table.append(Row((f"mlp.experts.{ours}",), name, TRANSPOSE, experts=mixture.num_experts))
+    if mixture.biased:
+        table.append(Row(("mlp.e_score_correction_bias",), f"{block}.gate.e_score_correction_bias"))
+    return table + (_gated("mlp.shared_experts", False) if mixture.n_shared_experts else [])
 
 
 def duplicates(config: TextConfig) -> dict[str, str]:
@@ -63,7 +103,8 @@ def read_decoder(reader: Reader, defaults: Mapping[str, Any], **own: Any) -> Tex
 
     Raises ConfigError for what no family of ours computes.
     """
-    reader.insist("hidden_act", ["silu"], "the feed-forward block is SwiGLU")
+    for key in ("hidden_act", "hidden_activation"):
+        reader.insist(key, Activation, "the feed-forward block is SwiGLU or GeGLU")
     reader.insist("attention_dropout", [0], "there is no dropout")
     sizes = {name: reader.get(name, defaults[name]) for name in SIZES if name in defaults}
     heads = sizes["num_attention_heads"]
@@ -71,69 +112,64 @@ def read_decoder(reader: Reader, defaults: Mapping[str, Any], **own: Any) -> Tex
     kv_heads = heads if "num_key_value_heads" in reader.section else defaults.get("num_key_value_heads", heads)
     sizes["num_key_value_heads"] = reader.get("num_key_value_heads", kv_heads)
     sizes.setdefault("head_dim", reader.get("head_dim", sizes["hidden_size"] // heads))
-    theta, scaling = read_rope(reader, sizes["max_position_embeddings"])
-    return build(TextConfig, reader.where, rope_theta=theta, rope_scaling=scaling, **sizes, **own)
+    sizes["hidden_act"] = reader.get("hidden_activation", reader.get("hidden_act", defaults.get("hidden_act", "silu")))
+    if "rope_theta" not in own:
+        longest, theta = sizes["max_position_embeddings"], defaults.get("rope_theta", 10_000.0)
+        own["rope_theta"], own["rope_scaling"] = read_rope(reader, longest, theta)
+    return build(TextConfig, reader.where, **sizes, **own)
 
 
-def read_rope(reader: Reader, longest: int) -> tuple[float, RopeScaling | None]:
-    """The rotary base and scaling from `rope_parameters`, or from `rope_theta` and `rope_scaling` of older files."""
-    why = "all of a head is turned"
-    reader.insist("partial_rotary_factor", [1], why)
-    theta, scaling = reader.get("rope_theta", 10000.0), None
-    for key in ("rope_scaling", "rope_parameters"):
-        if not reader.get(key, None):
-            continue
-        rope = reader.inner(key)
-        rope.insist("partial_rotary_factor", [1], why)
-        theta = rope.get("rope_theta", theta)
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        name = "rope_type" if "rope_type" in rope.section else "type"
-        rope.insist(name, ["default", *RopeType], "other ways to stretch the rotary embedding are not computed")
-        scaling = None
-        if kind != "default":
-            found = {name: rope.get(name, None) for name in ROPE_KEYS[RopeType(kind)]}
-            if "original_max_position_embeddings" in found:
-                found["original_max_position_embeddings"] = found["original_max_position_embeddings"] or longest
-            known = {name: value for name, value in found.items() if value is not None}
-            scaling = build(RopeScaling, rope.where, rope_type=kind, **known)
-    return theta, scaling
-
-
-def read_window(reader: Reader, layers: int) -> int | None:
-    """The window of Qwen's models, which have one key to switch it on and two that say for which layers."""
+def read_window(reader: Reader, layers: int) -> dict[str, Any]:
+    """The windows of Qwen's models, which have one key to switch them on and two that say for which layers."""
     on, first = reader.get("use_sliding_window", False), reader.get("max_window_layers", 28)
     by_number = ["sliding_attention" if on and layer >= first else "full_attention" for layer in range(layers)]
-    kinds = sorted(set(reader.get("layer_types", by_number)))
-    if kinds == ["full_attention"]:
-        return None
-    if kinds != ["sliding_attention"] or not on:
+    found = windows(reader, reader.get("layer_types", by_number), reader.get("sliding_window", 4096))
+    if found["sliding_window"] is not None and not on:
         raise ConfigError(
-            f"{reader.where}: use_sliding_window={on} with layers of {' and '.join(kinds)} can't be computed here: "
-            "either all layers have a window or none"
+            f"{reader.where}: use_sliding_window=False with layers of sliding_attention can't be computed: set it to "
+            "true, or make these full_attention"
         )
-    return reader.get("sliding_window", 4096)
+    return found
+
+
+def windows(reader: Reader, types: Sequence[str], window: int | None) -> dict[str, Any]:
+    """`sliding_window` and `layer_types` of a TextConfig, from the type of each layer."""
+    if unknown := sorted(set(types) - set(LayerType)):
+        raise ConfigError(
+            f"{reader.where}: layer_types names {', '.join(unknown)}, which can't be computed here; expected "
+            f"{' or '.join(LayerType)}"
+        )
+    if LayerType.SLIDING not in types:
+        return {"sliding_window": None, "layer_types": None}
+    if LayerType.FULL not in types:
+        return {"sliding_window": window, "layer_types": None}
+    period = next(p for p in range(1, len(types) + 1) if all(kind == types[i % p] for i, kind in enumerate(types)))
+    return {"sliding_window": window, "layer_types": tuple(types[:period])}
 
 
 def write_window(config: TextConfig) -> dict[str, Any]:
     """The keys that `read_window` reads."""
-    window = config.sliding_window
-    keys = {} if window is None else {"sliding_window": window, "max_window_layers": 0}
-    return {"use_sliding_window": window is not None, **keys}
+    types = write_layer_types(config)
+    if config.sliding_window is None:
+        return {"use_sliding_window": False, "layer_types": types}
+    first = types.index(LayerType.SLIDING)
+    keys = {"sliding_window": config.sliding_window, "max_window_layers": first}
+    return {"use_sliding_window": True, "layer_types": types, **keys}
+
+
+def write_layer_types(config: TextConfig) -> list[str]:
+    """The type of each layer."""
+    return [kind.attention.value for kind in config.kinds]
 
 
 def write_decoder(config: TextConfig, architecture: str, model_type: str, **own: Any) -> dict[str, Any]:
     """A config.json that Transformers opens as `architecture`."""
-    scaling = config.rope_scaling
-    rope: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_type": "default"}
-    if scaling is not None:
-        values = {key: getattr(scaling, key) for key in ROPE_KEYS[scaling.rope_type]}
-        rope |= {"rope_type": scaling.rope_type.value, **{k: v for k, v in values.items() if v is not None}}
     return {
         "architectures": [architecture],
         "model_type": model_type,
         **{key: getattr(config, key) for key in SIZES},
-        "rope_parameters": rope,
-        "hidden_act": "silu",
+        "rope_parameters": write_rope(config.rope_theta, config.rope_scaling),
+        "hidden_act": config.hidden_act.value,
         "attention_dropout": 0.0,
         "use_cache": True,
         **own,
@@ -145,17 +181,26 @@ def decoder_family(
     architecture: str,
     read_config: Callable[[Mapping[str, Any], str], TextConfig],
     write_config: Callable[[TextConfig], dict[str, Any]],
-    computes: Mapping[str, tuple],
+    computes: Mapping[str, tuple | None],
+    sparse: SparseNames = SparseNames(),
+    further: Callable[[TextConfig], list[str]] = lambda config: [],
 ) -> Family:
-    """A text family. `computes`: {field of TextConfig: the values that its Transformers class can have}."""
+    """A text family.
+
+    Args:
+        computes: {field of TextConfig: the values that its Transformers class can have, or ANY} where not PLAIN.
+        sparse: what the class calls the parts of a mixture layer.
+        further: config -> what else the class doesn't compute, each in a line.
+    """
+    known = PLAIN | dict(computes)
 
     def unsupported(config: TextConfig, data: TextData | None = None) -> list[str]:
-        found = ((field, getattr(config, field), values) for field, values in computes.items())
+        found = ((field, getattr(config, field), values) for field, values in known.items())
         return [
-            f"model.{field}={value}: {architecture} has {' or '.join(map(str, values))}"
+            f"model.{field}={_brief(value)}: {architecture} has {' or '.join(map(str, values))}"
             for field, value, values in found
-            if value not in values
-        ]
+            if values is not ANY and value not in values
+        ] + further(config)
 
     return Family(
         name=name,
@@ -166,7 +211,7 @@ def decoder_family(
         batch_source=batch_source,
         layout=Layout(
             architectures=(architecture,),
-            rows=rows,
+            rows=partial(rows, sparse=sparse),
             read_config=read_config,
             write_config=write_config,
             left_out=("*.rotary_emb.inv_freq",),
@@ -174,3 +219,8 @@ def decoder_family(
             unsupported=unsupported,
         ),
     )
+
+
+def _brief(value: Any) -> str:
+    """As a config says it; of a section, that there is one."""
+    return "{...}" if isinstance(value, Config) else str(value)

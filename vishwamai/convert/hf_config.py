@@ -31,7 +31,7 @@ class Reader:
         allowed = tuple(allowed)
         value = self.section.get(key)
         if value is not None and value not in allowed:
-            expected = " or ".join(map(repr, allowed))
+            expected = " or ".join(map(repr, allowed)) or "none"
             raise ConfigError(f"{self.where}: {key}={value!r} can't be computed here, expected {expected}: {because}")
 
     def inner(self, key: str) -> "Reader":

@@ -186,7 +186,7 @@ def _continue(graph, dtype, parameters, layers, state: Decoding, limit, settings
     def one_more(state: Decoding) -> Decoding:
         x = decoder.embed_ids(state.token[:, None], dtype)
         mask = state.cache.mask(state.segment_id[:, None])
-        x, cache = decoder.decoder(x, state.position[:, None], mask, state.cache, layers=layers)
+        x, cache, _ = decoder.decoder(x, state.position[:, None], mask, state.cache, layers=layers)
         token = sample(decoder.unembed(x[:, 0]), settings, state.count, state.held)
         token = jnp.where(state.ended, ending.pad_id, token)
         return Decoding(

@@ -1,5 +1,6 @@
 """What a decoder is, in the field's own names (Hugging Face's, where it has one)."""
 
+import math
 from enum import StrEnum
 from typing import NamedTuple, Self
 
@@ -77,6 +78,65 @@ class Activation(StrEnum):
     GELU = "gelu_pytorch_tanh"
 
 
+class Scoring(StrEnum):
+    """How a router's logits become scores: together, or each for itself (DeepSeek-V3)."""
+
+    SOFTMAX = "softmax"
+    SIGMOID = "sigmoid"
+
+
+class BalanceScope(StrEnum):
+    """Over what the load-balance loss takes its means before they are multiplied."""
+
+    LAYER = "layer"  # each layer for itself, then the mean of their losses
+    MODEL = "model"  # all layers together, as Transformers does
+
+
+class MixtureConfig(Config):
+    """Mixture-of-experts layers; names are those of Qwen3-MoE and DeepSeek-V3 at Hugging Face."""
+
+    num_experts: int = Field(gt=0, description="experts E of a layer")
+    num_experts_per_tok: int = Field(gt=0, description="experts k that each token goes to")
+    moe_intermediate_size: int = Field(gt=0, description="width F of an expert")
+    n_shared_experts: int = Field(0, ge=0, description="experts beside these that see every token")
+    decoder_sparse_step: int = Field(1, gt=0, description="every so many layers are mixtures, the last of each group")
+    mlp_only_layers: tuple[int, ...] = Field((), description="numbers of further layers that are dense")
+    scoring_func: Scoring = Field(Scoring.SOFTMAX, description="softmax or sigmoid")
+    norm_topk_prob: bool = Field(True, description="weights of the chosen experts sum to 1")
+    routed_scaling_factor: float = Field(1.0, gt=0, description="factor of the weights")
+    router_aux_loss_coef: float = Field(0.001, ge=0, description="weight of the load-balance loss")
+    aux_loss_scope: BalanceScope = Field(BalanceScope.LAYER, description="layer or model: see training.routing")
+    router_z_loss_coef: float = Field(0.0, ge=0, description="weight of the router's mean squared log Z (ST-MoE)")
+    router_bias_update_rate: float = Field(
+        0.0, ge=0, description="sigmoid: how far a step moves the biases that balance the load (DeepSeek-V3: 0.001)"
+    )
+    capacity_factor: float | None = Field(
+        None, gt=0, description="of a row, an expert takes so many times its even share; null: all that come"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok={self.num_experts_per_tok} is more than num_experts={self.num_experts}"
+            )
+        if self.router_bias_update_rate and not self.biased:
+            raise ValueError("router_bias_update_rate balances sigmoid scores: set scoring_func to sigmoid, or it to 0")
+        return self
+
+    @property
+    def biased(self) -> bool:
+        """A bias takes part in the choice of experts."""
+        return self.scoring_func is Scoring.SIGMOID
+
+    def capacity(self, length: int) -> int | None:
+        """How many of a row's tokens an expert takes; None is all."""
+        if self.capacity_factor is None:
+            return None
+        even = length * self.num_experts_per_tok / self.num_experts
+        return min(length, max(1, math.ceil(even * self.capacity_factor)))
+
+
 class LayerKind(NamedTuple):
     """What distinguishes a decoder layer from another of the same model."""
 
@@ -116,6 +176,7 @@ class TextConfig(Config):
     )
     attn_logit_softcapping: float | None = Field(None, gt=0, description="c: attention logits are c tanh(logit / c)")
     final_logit_softcapping: float | None = Field(None, gt=0, description="the same of the logits of tokens")
+    mixture: MixtureConfig | None = Field(None, description="mixture-of-experts layers; null: all are dense")
     rms_norm_eps: float = Field(1e-6, gt=0, description="epsilon of RMSNorm")
     zero_centered_norms: bool = Field(False, description="norms multiply by 1 + their scale")
     sandwich_norms: bool = Field(False, description="norms also behind attention and behind the feed-forward block")
@@ -134,10 +195,23 @@ class TextConfig(Config):
             raise ValueError(f"head_dim={self.head_dim} is odd; the rotary embedding turns pairs")
         if self.layer_types and LayerType.SLIDING in self.layer_types and self.sliding_window is None:
             raise ValueError("layer_types names sliding_attention, but there is no sliding_window")
+        if self.mixture and self.mlp_bias:
+            raise ValueError("mlp_bias: experts have no biases")
+        if self.mixture and not any(kind.sparse for kind in self.kinds):
+            raise ValueError(
+                f"mixture: none of the {self.num_hidden_layers} layers is one, by decoder_sparse_step="
+                f"{self.mixture.decoder_sparse_step} and mlp_only_layers={list(self.mixture.mlp_only_layers)}"
+            )
         return self
 
     @property
     def kinds(self) -> list[LayerKind]:
         """Of all layers in order."""
         types = self.layer_types or (LayerType.SLIDING if self.sliding_window else LayerType.FULL,)
-        return [LayerKind(types[i % len(types)], False) for i in range(self.num_hidden_layers)]
+        return [LayerKind(types[i % len(types)], self._sparse(i)) for i in range(self.num_hidden_layers)]
+
+    def _sparse(self, layer: int) -> bool:
+        mixture = self.mixture
+        if mixture is None or layer in mixture.mlp_only_layers:
+            return False
+        return (layer + 1) % mixture.decoder_sparse_step == 0

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from vishwamai.convert.decoder import decoder_family, read_decoder, write_decoder
+from vishwamai.convert.decoder import ANY, decoder_family, read_decoder, write_decoder
 from vishwamai.convert.hf_config import Reader
 from vishwamai.models.config import AttentionBias, TextConfig
 
@@ -32,5 +32,5 @@ FAMILY = decoder_family(
     "LlamaForCausalLM",
     read_config,
     write_config,
-    dict(qk_norm=(False,), attention_bias=(AttentionBias.NONE, AttentionBias.ALL), sliding_window=(None,)),
+    dict(attention_bias=(AttentionBias.NONE, AttentionBias.ALL), mlp_bias=ANY),
 )

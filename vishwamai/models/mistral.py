@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
-from vishwamai.convert.decoder import decoder_family, read_decoder, write_decoder
+from vishwamai.convert.decoder import ANY, decoder_family, read_decoder, write_decoder
 from vishwamai.convert.hf_config import Reader
-from vishwamai.models.config import AttentionBias, TextConfig
+from vishwamai.models.config import TextConfig
 
 DEFAULTS = dict(
     vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
@@ -33,5 +33,5 @@ FAMILY = decoder_family(
     "MistralForCausalLM",
     read_config,
     write_config,
-    dict(qk_norm=(False,), attention_bias=(AttentionBias.NONE,), mlp_bias=(False,)),
+    dict(sliding_window=ANY),
 )

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from vishwamai.convert.decoder import decoder_family, read_decoder, read_window, write_decoder, write_window
+from vishwamai.convert.decoder import ANY, decoder_family, read_decoder, read_window, write_decoder, write_window
 from vishwamai.convert.hf_config import Reader
 from vishwamai.models.config import AttentionBias, TextConfig
 
@@ -19,8 +19,7 @@ def read_config(source: Mapping[str, Any], where: str = "config.json") -> TextCo
     reader = Reader(source, where)
     reader.insist("model_type", ["qwen2"], "this is no Qwen2 text model")
     window = read_window(reader, reader.get("num_hidden_layers", DEFAULTS["num_hidden_layers"]))
-    own = dict(qk_norm=False, attention_bias=AttentionBias.QKV, sliding_window=window)
-    return read_decoder(reader, DEFAULTS, **own)
+    return read_decoder(reader, DEFAULTS, qk_norm=False, attention_bias=AttentionBias.QKV, **window)
 
 
 def write_config(config: TextConfig) -> dict[str, Any]:
@@ -33,5 +32,5 @@ FAMILY = decoder_family(
     "Qwen2ForCausalLM",
     read_config,
     write_config,
-    dict(qk_norm=(False,), attention_bias=(AttentionBias.QKV,), mlp_bias=(False,)),
+    dict(attention_bias=(AttentionBias.QKV,), sliding_window=ANY, layer_types=ANY),
 )

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from vishwamai.convert.decoder import decoder_family, read_decoder, read_window, write_decoder, write_window
+from vishwamai.convert.decoder import ANY, decoder_family, read_decoder, read_window, write_decoder, write_window
 from vishwamai.convert.hf_config import Reader
 from vishwamai.models.config import AttentionBias, TextConfig
 
@@ -20,7 +20,7 @@ def read_config(source: Mapping[str, Any], where: str = "config.json") -> TextCo
     reader.insist("model_type", ["qwen3"], "this is no Qwen3 text model")
     bias = AttentionBias.ALL if reader.get("attention_bias", False) else AttentionBias.NONE
     window = read_window(reader, reader.get("num_hidden_layers", DEFAULTS["num_hidden_layers"]))
-    return read_decoder(reader, DEFAULTS, attention_bias=bias, sliding_window=window)
+    return read_decoder(reader, DEFAULTS, attention_bias=bias, **window)
 
 
 def write_config(config: TextConfig) -> dict[str, Any]:
@@ -34,5 +34,10 @@ FAMILY = decoder_family(
     "Qwen3ForCausalLM",
     read_config,
     write_config,
-    dict(qk_norm=(True,), attention_bias=(AttentionBias.NONE, AttentionBias.ALL), mlp_bias=(False,)),
+    dict(
+        qk_norm=(True,),
+        attention_bias=(AttentionBias.NONE, AttentionBias.ALL),
+        sliding_window=ANY,
+        layer_types=ANY,
+    ),
 )

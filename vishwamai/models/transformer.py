@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from vishwamai.models.cache import KeysValues, KVCache, filled
 from vishwamai.models.config import LayerKind, LayerType, Remat, TextConfig
 from vishwamai.models.layers import Embedding, Linear, RMSNorm, few_rows
 from vishwamai.models.mlp import GatedMLP
+from vishwamai.models.moe import MixtureOfExperts, Routing
 from vishwamai.models.pattern import by_number, find_pattern, make_layers, one_by_one, run
 from vishwamai.models.rope import Angles, rotary
 from vishwamai.parallel.sharding import constrain
@@ -40,21 +42,44 @@ class DecoderLayer(nnx.Module):
         if config.sandwich_norms:
             self.pre_feedforward_layernorm = norm()
             self.post_feedforward_layernorm = norm()
-        self.mlp = GatedMLP(config, config.intermediate_size, rngs=rngs)
+        dense = partial(GatedMLP, config, config.intermediate_size)
+        self.mlp = MixtureOfExperts(config, rngs=rngs) if kind.sparse else dense(rngs=rngs)
         self.sandwich_norms = config.sandwich_norms
+        self.sparse = kind.sparse
 
-    def __call__(self, x, angles: Angles, mask: Mask, past: KeysValues | None = None, length=None):
+    def __call__(
+        self, x: Float[Array, "B T D"], angles: Angles, mask: Mask, past: KeysValues | None = None, length=None
+    ) -> tuple[Float[Array, "B T D"], KeysValues, Routing | None]:
         attended, keys_values = self.self_attn(self.input_layernorm(x), angles, mask, past, length)
         if self.sandwich_norms:
             x = x + self.post_attention_layernorm(attended)
-            return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x))), keys_values
+            fed, routing = self._feed_forward(self.pre_feedforward_layernorm(x), mask)
+            return x + self.post_feedforward_layernorm(fed), keys_values, routing
         x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), keys_values
+        fed, routing = self._feed_forward(self.post_attention_layernorm(x), mask)
+        return x + fed, keys_values, routing
+
+    def _feed_forward(self, x, mask: Mask) -> tuple[Float[Array, "B T D"], Routing | None]:
+        if not self.sparse:
+            return self.mlp(x), None
+        real = jnp.ones(x.shape[:2], bool) if mask.q_segment_ids is None else jnp.asarray(mask.q_segment_ids) > 0
+        return self.mlp(x, real)
 
 
 def make_norm(config: TextConfig, *, rngs: nnx.Rngs) -> RMSNorm:
     """Of the residual stream."""
     return RMSNorm(config.hidden_size, config.rms_norm_eps, rngs=rngs, zero_centered=config.zero_centered_norms)
+
+
+class Decoded(NamedTuple):
+    """What the decoder makes of a batch.
+
+    routing: of each stack of mixture layers (see models.pattern), by its name; stacked layers have a first axis.
+    """
+
+    hidden: Float[Array, "B T D"]
+    cache: KVCache | None
+    routing: dict[str, Routing]
 
 
 class Transformer(nnx.Module):
@@ -102,7 +127,7 @@ class Transformer(nnx.Module):
         cache: KVCache | None = None,
         remat: Remat = Remat.NONE,
         layers: Sequence[DecoderLayer] | None = None,
-    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+    ) -> Decoded:
         """All layers and the final norm.
 
         With a cache, T more tokens of each row are written into it; `mask` is then `cache.mask(...)`. `layers` are
@@ -110,14 +135,19 @@ class Transformer(nnx.Module):
         """
         angles = self.angles(positions)
         if cache is None:
-            body = lambda layer, x: (constrain(layer(x, angles, mask)[0], *ACTIVATION), None)  # noqa: E731
-            x, _ = run(self.layers, self.pattern, body, constrain(x, *ACTIVATION), CHECKPOINT[remat])
-            return self.norm(x), None
+
+            def body(layer: DecoderLayer, x):
+                x, _, routing = layer(x, angles, mask)
+                return constrain(x, *ACTIVATION), routing
+
+            x, found = run(self.layers, self.pattern, body, constrain(x, *ACTIVATION), CHECKPOINT[remat])
+            return Decoded(self.norm(x), None, {name: routing for name, routing in found.items() if routing})
         written = []
         for layer, past in zip(layers or self.one_by_one(), cache.layers, strict=True):
-            x, keys_values = layer(x, angles, mask, past, cache.length)
+            x, keys_values, _ = layer(x, angles, mask, past, cache.length)
             written.append(keys_values)
-        return self.norm(x), KVCache(tuple(written), cache.segment_ids, cache.length + positions.shape[1])
+        cache = KVCache(tuple(written), cache.segment_ids, cache.length + positions.shape[1])
+        return Decoded(self.norm(x), cache, {})
 
     def prefill(
         self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], mask: Mask, segment_ids: Int[Array, "B S"]
@@ -127,7 +157,12 @@ class Transformer(nnx.Module):
         A layer with a window keeps no more tokens than that.
         """
         angles = self.angles(positions)
-        x, found = run(self.layers, self.pattern, lambda layer, x: layer(x, angles, mask), x)
+
+        def body(layer: DecoderLayer, x):
+            x, keys_values, _ = layer(x, angles, mask)
+            return x, keys_values
+
+        x, found = run(self.layers, self.pattern, body, x)
         windows = (self.config.sliding_window if kind.attention is LayerType.SLIDING else None for kind in self.config.kinds)
         slots = segment_ids.shape[1]
         layers = (
@@ -144,9 +179,12 @@ class Transformer(nnx.Module):
         """Causal inside each example of a row."""
         return Mask(causal=True, q_segment_ids=batch.segment_ids, kv_segment_ids=batch.segment_ids)
 
+    def decoded(self, batch: Batch, dtype=jnp.float32, remat: Remat = Remat.NONE) -> Decoded:
+        """Whole rows; packed examples do not see each other."""
+        return self.decoder(self.embed(batch, dtype), batch.positions, self.mask(batch), remat=remat)
+
     def hidden_states(self, batch: Batch, dtype=jnp.float32, remat: Remat = Remat.NONE) -> Float[Array, "B T D"]:
-        """Final hidden states of whole rows; packed examples do not see each other."""
-        return self.decoder(self.embed(batch, dtype), batch.positions, self.mask(batch), remat=remat)[0]
+        return self.decoded(batch, dtype, remat).hidden
 
     def unembed(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Float32 logits."""

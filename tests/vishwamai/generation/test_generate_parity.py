@@ -14,6 +14,10 @@ KINDS = {
     "qwen2": dict(family="qwen2"),
     "llama": dict(family="llama", seed=5, **stretched("llama3", low_freq_factor=1.0, high_freq_factor=4.0)),
     "mistral": dict(family="mistral", sliding_window=7),
+    "gemma2": dict(family="gemma2", sliding_window=7),
+    "gemma3": dict(family="gemma3", sliding_window=7, num_hidden_layers=4),
+    "mixtral": dict(family="mixtral"),
+    "qwen3_moe": dict(family="qwen3_moe", mlp_only_layers=[1]),
 }
 
 

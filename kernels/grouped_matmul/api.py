@@ -1,0 +1,43 @@
+"""The one entry point for products of sorted rows with one matrix per group."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kernels.grouped_matmul import reference, xla
+
+BACKENDS = ("auto", "xla", "reference")
+
+
+def grouped_matmul(
+    x: Float[Array, "M D"],
+    w: Float[Array, "E D F"],
+    group_sizes: Int[Array, " E"],
+    *,
+    transpose_w: bool = False,
+    backend: str = "auto",
+) -> Float[Array, "M F"]:
+    """The rows of x, sorted by group, each times its group's matrix: the first group_sizes[0] rows times w[0], ...
+
+    Sums are at least float32, the result has x's type. Rows behind the last group give 0 and get no gradient; a group
+    without rows has a gradient of exactly 0.
+
+    Args:
+        transpose_w: w is E F D, and its matrices are used transposed.
+        backend: "auto", "xla" (blocks of rows: work grows with the rows there are) or "reference" (for tests).
+
+    Raises:
+        ValueError: shapes that do not fit, or an unknown backend.
+        TypeError: group sizes that are no integers.
+    """
+    inner, found = w.shape[-1 if transpose_w else 1] if w.ndim == 3 else None, f"found x {x.shape}, w {w.shape}"
+    if x.ndim != 2 or w.ndim != 3 or x.shape[1] != inner:
+        raise ValueError(f"x must be M D and w {'E F D' if transpose_w else 'E D F'}, {found}")
+    if group_sizes.shape != w.shape[:1]:
+        raise ValueError(f"group_sizes must hold one number for each of w's matrices, found {group_sizes.shape}, {found}")
+    if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
+        raise TypeError(f"group_sizes must be integers, found {group_sizes.dtype}")
+    if backend not in BACKENDS:
+        raise ValueError(f"grouped_matmul has no backend {backend!r}; there are: {', '.join(BACKENDS)}")
+    if backend == "reference":
+        return reference.grouped_matmul(x, w.swapaxes(1, 2) if transpose_w else w, group_sizes).astype(x.dtype)
+    return xla.grouped_matmul(x, w, group_sizes, transpose_w).astype(x.dtype)

@@ -1,0 +1,15 @@
+"""The maths, in the plainest form: every row against every matrix. Memory grows with M E."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def grouped_matmul(x: Float[Array, "M D"], w: Float[Array, "E D F"], group_sizes: Int[Array, " E"]):
+    """y[m] = x[m] @ w[e] for the group e that row m is in; 0 behind the last group."""
+    ends = jnp.cumsum(group_sizes)
+    rows = jnp.arange(x.shape[0])[:, None]
+    own = (rows < ends) & (rows >= ends - group_sizes)
+    live = jnp.any(own, axis=1, keepdims=True)  # 0 times NaN must not reach anything
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    each = jnp.einsum("md,edf->mef", jnp.where(live, x, 0).astype(wide), w.astype(wide))
+    return jnp.sum(jnp.where(own[:, :, None], each, 0), axis=1)

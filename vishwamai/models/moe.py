@@ -1,0 +1,190 @@
+"""Mixture of experts: a router sends each token to a few of many feed-forward blocks (Shazeer et al. 2017)."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.nn import initializers
+from jaxtyping import Array, Bool, Float, Int
+
+from kernels import grouped_matmul, route
+from kernels.router import Routes, scores
+from vishwamai.models.config import Activation, TextConfig
+from vishwamai.models.layers import Linear, parameter
+from vishwamai.models.mlp import ACTIVATIONS, GatedMLP
+
+
+class Balance(nnx.Variable):
+    """A router's bias: moved by the load of the experts after each step, never by a gradient (see training.routing)."""
+
+
+class Routing(NamedTuple):
+    """What a router did with the tokens of a batch, padding left out: sums, so that parts of a batch add up."""
+
+    load: Float[Array, " E"]  # choices of each expert
+    probability: Float[Array, " E"]  # scores of each expert, a token's sum being 1
+    z: Float[Array, ""]  # squared log-sum-exp of the logits
+    entropy: Float[Array, ""]  # of those scores, in nats
+    dropped: Float[Array, ""]  # choices that found no room
+    tokens: Float[Array, ""]
+
+
+class Experts(nnx.Module):
+    """E gated feed-forward blocks, each parameter one array."""
+
+    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
+        experts, inner = config.mixture.num_experts, config.mixture.moe_intermediate_size
+        width, init = config.hidden_size, initializers.normal(config.initializer_range)
+        self.gate_proj = parameter(rngs, (experts, width, inner), ("expert", "embed", "mlp"), init)
+        self.up_proj = parameter(rngs, (experts, width, inner), ("expert", "embed", "mlp"), init)
+        self.down_proj = parameter(rngs, (experts, inner, width), ("expert", "mlp", "embed"), init)
+        self.act: Activation = config.hidden_act
+
+    def matrices(self, dtype: jnp.dtype) -> tuple[Array, Array, Array]:
+        return tuple(x[...].astype(dtype) for x in (self.gate_proj, self.up_proj, self.down_proj))
+
+
+class MixtureOfExperts(nnx.Module):
+    """The sum of the chosen experts' outputs by their weights, and of the shared experts' that see every token."""
+
+    def __init__(self, config: TextConfig, *, rngs: nnx.Rngs):
+        mixture, init = config.mixture, initializers.normal(config.initializer_range)
+        self.gate = Linear(config.hidden_size, mixture.num_experts, ("embed", None), rngs=rngs, init=init)
+        self.experts = Experts(config, rngs=rngs)
+        if mixture.biased:
+            self.e_score_correction_bias = parameter(
+                rngs, (mixture.num_experts,), (None,), initializers.zeros, kind=Balance
+            )
+        if mixture.n_shared_experts:
+            self.shared_experts = GatedMLP(config, mixture.n_shared_experts * mixture.moe_intermediate_size, rngs=rngs)
+        self.mixture = mixture
+
+    def __call__(self, x: Float[Array, "B T D"], real: Bool[Array, "B T"]) -> tuple[Float[Array, "B T D"], Routing]:
+        """The output, and what the router did; what is not `real` is sent to no expert and counts nowhere."""
+        rows, live = x.reshape(-1, x.shape[-1]), real.reshape(-1)
+        # float32: a choice must not depend on how logits were rounded (Fedus et al. 2021, section 2.4).
+        logits = self.gate(rows.astype(jnp.float32))
+        routes = self.routes(logits)
+        experts = jnp.where(live[:, None], routes.experts, self.mixture.num_experts)
+        capacity = self.mixture.capacity(x.shape[1])
+        if capacity is None:
+            out, dropped = dropless(rows, experts, routes.weights, self.experts), jnp.float32(0)
+        else:
+            grouped = (a.reshape(*x.shape[:2], -1) for a in (x, experts, routes.weights))
+            out, dropped = bounded(*grouped, self.experts, capacity)
+        if hasattr(self, "shared_experts"):
+            out = out + self.shared_experts(rows)
+        return out.reshape(x.shape), self._routing(logits, experts, live, dropped)
+
+    def routes(self, logits: Float[Array, "T E"]) -> Routes:
+        bias = self.e_score_correction_bias[...] if hasattr(self, "e_score_correction_bias") else None
+        mixture = self.mixture
+        return route(
+            logits,
+            mixture.num_experts_per_tok,
+            scoring=mixture.scoring_func.value,
+            renormalise=mixture.norm_topk_prob,
+            bias=bias,
+            scale=mixture.routed_scaling_factor,
+        )
+
+    def _routing(self, logits, experts: Int[Array, "T k"], live: Bool[Array, " T"], dropped) -> Routing:
+        found = scores(logits, self.mixture.scoring_func.value)
+        share = found / jnp.maximum(jnp.sum(found, axis=-1, keepdims=True), 1e-20)
+        entropy = -jnp.sum(share * jnp.log(jnp.maximum(share, 1e-20)), axis=-1)
+        z = jnp.square(jax.nn.logsumexp(logits, axis=-1))
+        count = lambda values: jnp.sum(jnp.where(live, values, 0))  # noqa: E731
+        return Routing(
+            load=jnp.sum(jax.nn.one_hot(experts, self.mixture.num_experts), axis=(0, 1)),
+            probability=jnp.sum(jnp.where(live[:, None], share, 0), axis=0),
+            z=count(z),
+            entropy=count(entropy),
+            dropped=dropped,
+            tokens=count(1.0),
+        )
+
+
+def dropless(
+    rows: Float[Array, "T D"], experts: Int[Array, "T k"], weights: Float[Array, "T k"], blocks: Experts
+) -> Float[Array, "T D"]:
+    """Every choice is honoured: sort by expert, one grouped product per matrix, unsort (Gale et al. 2022).
+
+    A choice of expert E, which there is not, gives 0.
+    """
+    count, k = experts.shape
+    gate, up, down = blocks.matrices(rows.dtype)
+    order = jnp.argsort(experts.reshape(-1), stable=True)
+    place = jnp.argsort(order)  # where each choice stands when sorted
+    sizes = jnp.sum(jax.nn.one_hot(experts, len(gate), dtype=jnp.int32), axis=(0, 1))
+    sorted_rows = repeated_rows(rows, order, place, k)
+    inner = ACTIVATIONS[blocks.act](grouped_matmul(sorted_rows, gate, sizes)) * grouped_matmul(sorted_rows, up, sizes)
+    found = permuted(grouped_matmul(inner, down, sizes), place, order).reshape(count, k, -1)
+    return jnp.einsum("tkd,tk->td", found, weights.astype(rows.dtype))
+
+
+@jax.custom_vjp
+def permuted(x: Float[Array, "M D"], index: Int[Array, " M"], inverse: Int[Array, " M"]) -> Float[Array, "M D"]:
+    """x[index] of a permutation; its gradient is gathered too, which is much faster than to scatter it."""
+    return x[index]
+
+
+permuted.defvjp(lambda x, index, inverse: (x[index], inverse), lambda inverse, dy: (dy[inverse], None, None))
+
+
+def repeated_rows(x: Float[Array, "T D"], order: Int[Array, " M"], place: Int[Array, " M"], k: int):
+    """x[order // k] of a permutation of k copies of each row; the gradient sums the copies."""
+
+    @jax.custom_vjp
+    def gather(x, order, place):
+        return x[order // k]
+
+    def backward(place, dy):
+        return dy[place].reshape(-1, k, dy.shape[-1]).sum(axis=1), None, None
+
+    gather.defvjp(lambda x, order, place: (x[order // k], place), backward)
+    return gather(x, order, place)
+
+
+def bounded(
+    x: Float[Array, "B T D"],
+    experts: Int[Array, "B T k"],
+    weights: Float[Array, "B T k"],
+    blocks: Experts,
+    capacity: int,
+) -> tuple[Float[Array, "B T D"], Float[Array, ""]]:
+    """Each expert takes `capacity` tokens of a row at most (GShard, Lepikhin et al. 2020): (output, choices dropped).
+
+    First choices go before second ones, early tokens before late ones. Shapes are static and nothing leaves its row.
+    """
+    gate, up, down = blocks.matrices(x.dtype)
+    rows, length, k = experts.shape
+    choice = jax.nn.one_hot(experts.swapaxes(1, 2).reshape(rows, -1), len(gate), dtype=jnp.int32)  # B kT E
+    before = jnp.sum(jnp.cumsum(choice, axis=1) * choice, axis=-1) - 1  # of the same expert; -1: goes nowhere
+    taken = (before >= 0) & (before < capacity)
+    slot = jnp.where(taken, before, capacity).reshape(rows, k, length).swapaxes(1, 2)
+    taken = taken.reshape(rows, k, length).swapaxes(1, 2)
+    real = experts < len(gate)
+    expert = jnp.where(real, experts, 0)
+
+    def one_row(x, expert, slot, weight):
+        token = jnp.broadcast_to(jnp.arange(length)[:, None], slot.shape)
+        # What has no room is written behind the last slot, which is cut off.
+        room = jnp.zeros((len(gate), capacity + 1, x.shape[-1]), x.dtype).at[expert, slot].set(x[token])[:, :capacity]
+        inner = ACTIVATIONS[blocks.act](jnp.einsum("ecd,edf->ecf", room, gate)) * jnp.einsum("ecd,edf->ecf", room, up)
+        out = jnp.einsum("ecf,efd->ecd", inner, down)
+        out = jnp.pad(out, ((0, 0), (0, 1), (0, 0)))[expert, slot]
+        return jnp.einsum("tkd,tk->td", out, weight)
+
+    weights = jnp.where(taken, weights, 0).astype(x.dtype)
+    return jax.vmap(one_row)(x, expert, slot, weights), jnp.sum(real & ~taken).astype(jnp.float32)
+
+
+def dense(
+    rows: Float[Array, "T D"], experts: Int[Array, "T k"], weights: Float[Array, "T k"], blocks: Experts
+) -> Float[Array, "T D"]:
+    """What `dropless` computes, by sending every token to every expert: the reference for tests."""
+    gate, up, down = blocks.matrices(rows.dtype)
+    mix = jnp.einsum("tke,tk->te", jax.nn.one_hot(experts, len(gate)), weights)
+    inner = ACTIVATIONS[blocks.act](jnp.einsum("td,edf->tef", rows, gate)) * jnp.einsum("td,edf->tef", rows, up)
+    return jnp.einsum("tef,efd,te->td", inner, down, mix)
