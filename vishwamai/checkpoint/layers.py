@@ -15,8 +15,8 @@ def unstack(tree: Any) -> dict[str, Any]:
     A stack is known by having one dimension more than its variable has logical axes.
     """
     arrays = {}
-    for parts, leaf in _leaves(tree):
-        names, value = _names(parts, leaf), _value(leaf)
+    for path, leaf in leaves(tree):
+        names, value = array_names(path, leaf), _value(leaf)
         arrays |= {name: value[i] for i, name in enumerate(names)} if is_stacked(leaf) else {names[0]: value}
     return arrays
 
@@ -36,17 +36,20 @@ def unstacked_shardings(abstract: Any, shardings: Any) -> dict[str, NamedShardin
     """The sharding of every array of `unstack(abstract)`, from that of the stack it is part of."""
     flat = {}
     placed = jax.tree.leaves(shardings, is_leaf=is_variable)
-    for (parts, leaf), sharding in zip(_leaves(abstract), placed, strict=True):
+    for (path, leaf), sharding in zip(leaves(abstract), placed, strict=True):
         sharding = _value(sharding)
         if is_stacked(leaf):
             sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-        flat |= dict.fromkeys(_names(parts, leaf), sharding)
+        flat |= dict.fromkeys(array_names(path, leaf), sharding)
     return flat
 
 
 def array_names(path: tuple, leaf: Any) -> list[str]:
     """The names on disk of what a leaf at a path of the tree holds: one for each layer, or one."""
-    return _names(_parts(path), leaf)
+    parts = _parts(path)
+    if not is_stacked(leaf):
+        return [".".join(parts)]
+    return [name_in_stack(parts, i) for i in range(leaf.get_value().shape[0])]
 
 
 def is_variable(node: Any) -> bool:
@@ -62,19 +65,13 @@ def is_stacked(leaf: Any) -> bool:
     return is_variable(leaf) and len(leaf.get_value().shape) > len(leaf.axes)
 
 
-def _leaves(tree: Any) -> Iterator[tuple[list[str], Any]]:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_variable):
-        yield _parts(path), leaf
+def leaves(tree: Any) -> Iterator[tuple[tuple, Any]]:
+    """(path, array or variable) of a tree."""
+    yield from jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_variable)
 
 
 def _parts(path: tuple) -> list[str]:
     return [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path]
-
-
-def _names(parts: list[str], leaf: Any) -> list[str]:
-    if not is_stacked(leaf):
-        return [".".join(parts)]
-    return [name_in_stack(parts, i) for i in range(leaf.get_value().shape[0])]
 
 
 def name_in_stack(parts: list[str], index: int) -> str:

@@ -16,11 +16,11 @@ import tensorstore
 from flax import nnx
 
 from vishwamai.checkpoint.arrays import FOLDER, check_step, damage_told, explained, open_manager, save, targets
-from vishwamai.checkpoint.layers import unstack
+from vishwamai.checkpoint.layers import array_names, leaves, unstack
 
 # A commit and the opening of a checkpoint cost as much as a few megabytes: small arrays go together, up to this.
-GROUP_BYTES = 2**26
-CHUNK_BYTES = 2**24  # of what a large array is written in, and compressed
+GROUP_BYTES = 2**25
+CHUNK_BYTES = 2**23  # of what a large array is written in, and compressed
 
 Index = tuple[slice, ...]
 Item = TypeVar("Item")
@@ -59,18 +59,16 @@ class _InParts(ocp.type_handlers.NumpyHandler):
 
     async def _open_and_write(self, value: Deferred, tspec, ts_context):
         array = await tensorstore.open(tensorstore.Spec(tspec), create=True, open=True, context=ts_context)
-        starts = (range(0, size, step) for size, step in zip(array.shape, _chunk(array), strict=True))
-        parts = [
-            tuple(slice(start, start + step) for start, step in zip(corner, _chunk(array), strict=True))
-            for corner in itertools.product(*starts)
-        ]
-        for group in groups(parts, lambda _: CHUNK_BYTES):
-            writes = [array[part].write(value[part], can_reference_source_data_indefinitely=True) for part in group]
-            await asyncio.gather(*writes)
+        chunk = array.chunk_layout.write_chunk.shape
+        corners = itertools.product(*(range(0, size, step) for size, step in zip(array.shape, chunk, strict=True)))
+        for group in groups(corners, lambda _: math.prod(chunk) * value.dtype.itemsize):
+            parts = [tuple(slice(at, at + step) for at, step in zip(corner, chunk, strict=True)) for corner in group]
+            await asyncio.gather(*(array[part].write(value[part]) for part in parts))
 
 
-def _chunk(array: tensorstore.TensorStore) -> tuple[int, ...]:
-    return array.chunk_layout.write_chunk.shape
+def _how(array: Deferred) -> ocp.SaveArgs:
+    # A stack of experts is written as it is read: one after the other.
+    return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if len(array.shape) > 2 else ())
 
 
 def groups(items: Iterable[Item], nbytes: Callable[[Item], int]) -> Iterator[list[Item]]:
@@ -90,11 +88,13 @@ def save_deferred(run_dir: str | Path, arrays: Mapping[str, Deferred], step: int
     """What `save_parameters` writes, from one array per layer by name. Returns the checkpoint's folder."""
     folder = Path(run_dir).absolute() / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
-    registry = ocp.type_handlers.create_type_handler_registry((Deferred, _InParts()))
+    # Orbax warns where none is for jax.Array.
+    handlers = (Deferred, _InParts()), (jax.Array, ocp.type_handlers.ArrayHandler())
+    registry = ocp.type_handlers.create_type_handler_registry(*handlers)
     handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
-    in_chunks = dict.fromkeys(arrays, ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES))
+    how = {name: _how(array) for name, array in arrays.items()}
     with open_manager(folder, parameters=handler) as manager:
-        save(manager, step, {"parameters": ocp.args.PyTreeSave(dict(arrays), in_chunks)})
+        save(manager, step, {"parameters": ocp.args.PyTreeSave(dict(arrays), how)})
         manager.wait_until_finished()
         manager.check_for_errors()
     return folder / str(step)
@@ -103,8 +103,8 @@ def save_deferred(run_dir: str | Path, arrays: Mapping[str, Deferred], step: int
 def stored_arrays(run_dir: str | Path, step: int, abstract: nnx.State) -> dict[str, Deferred]:
     """The parameters of one checkpoint by name, one array per layer, in the dtypes that they were saved in.
 
-    Nothing is read before it is asked for, and then with its neighbours, `GROUP_BYTES` together at most or one array;
-    what was read before is let go. `abstract` says names and shapes.
+    Nothing is read before it is asked for, and then with its neighbours in the stack, `GROUP_BYTES` together at most or
+    one array; what was read before is let go. `abstract` says names and shapes.
 
     Raises CheckpointError, now or when an array is read, where there is no such checkpoint, where it is damaged, and
     where it is of another model.
@@ -114,7 +114,9 @@ def stored_arrays(run_dir: str | Path, step: int, abstract: nnx.State) -> dict[s
     flat = jax.eval_shape(unstack, abstract)
     with open_manager(folder, create=False) as manager, explained(folder, step):
         found = targets(manager, folder, step, {"parameters": flat})["parameters"]
-    homes = {name: group for group in groups(found, lambda name: _nbytes(found[name])) for name in group}
+    stacks = [array_names(path, leaf) for path, leaf in leaves(abstract)]
+    together = (group for stack in stacks for group in groups(stack, lambda name: _nbytes(found[name])))
+    homes = {name: group for group in together for name in group}
     held: dict[str, np.ndarray] = {}
 
     def read(name: str, index: Index) -> np.ndarray:

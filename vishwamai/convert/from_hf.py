@@ -60,5 +60,5 @@ def _carry(opened: Published, folder: Path) -> None:
     for path in sorted(opened.folder.iterdir()):
         if path.is_file() and not path.name.startswith(".") and not any(path.match(pattern) for pattern in _WEIGHTS):
             shutil.copyfile(path, folder / path.name)
-    names = {"naming": opened.naming.name, "repeated": opened.repeated()}
+    names = {"naming": opened.naming.name, "repeated": opened.repeated}
     (folder / NAMES).write_text(json.dumps(names, indent=2) + "\n", encoding="utf-8")

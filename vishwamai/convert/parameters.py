@@ -57,6 +57,7 @@ def published_tensors(weights: Weights, layout: Layout, config: Any, naming: Nam
     Raises ConfigError where they aren't those of its config, or of a type that no parameter can be kept in.
     """
     check_names(weights, layout, config, naming)
+    _check_copies(weights, repeated(weights, layout, config, naming))
 
     def held(own: str) -> Deferred:
         return Deferred(weights.held[own].shape, weights.dtype(own), lambda index: weights[own][index])
@@ -152,18 +153,18 @@ def check_names(weights: Weights, layout: Layout, config: Any, naming: Naming) -
 
 
 def repeated(weights: Weights, layout: Layout, config: Any, naming: Naming) -> dict[str, str]:
-    """Tied weights that a checkpoint holds a second time. Raises ConfigError where the two differ."""
-    found = {}
-    for name, original in layout.duplicates(config).items():
-        copy, first = naming.spell(name), naming.spell(original)
-        if copy in weights and first in weights:
-            if not same_bits(weights[copy], weights[first]):
-                raise ConfigError(
-                    f"{weights.folder}: the config ties {copy} to {first}, but the two differ: set "
-                    "tie_word_embeddings to false in its config.json"
-                )
-            found[copy] = first
-    return found
+    """Tied weights that a checkpoint holds a second time: {the copy's name: the first one's}."""
+    spelled = {naming.spell(copy): naming.spell(first) for copy, first in layout.duplicates(config).items()}
+    return {copy: first for copy, first in spelled.items() if copy in weights and first in weights}
+
+
+def _check_copies(weights: Weights, copies: Mapping[str, str]) -> None:
+    for copy, first in copies.items():
+        if not same_bits(weights[copy], weights[first]):
+            raise ConfigError(
+                f"{weights.folder}: the config ties {copy} to {first}, but the two differ: set "
+                "tie_word_embeddings to false in its config.json"
+            )
 
 
 def _list(what: str, names: list[str], candidates: list[str], shown: int = 8) -> Iterator[str]:

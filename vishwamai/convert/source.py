@@ -16,6 +16,7 @@ from vishwamai.convert.layout import Naming, Row
 from vishwamai.convert.parameters import (
     Tensors,
     abstract_parameters,
+    check_names,
     deferred_arrays,
     exported_tensors,
     layer_name,
@@ -80,8 +81,13 @@ class Published(Source):
         """Our arrays by name, one per layer, in the types of the files."""
         return deferred_arrays(self.tensors, self.rows, self.abstract)
 
+    @cached_property
     def repeated(self) -> dict[str, str]:
         return repeated(self.weights, self.family.layout, self.config, self.naming)
+
+    def check_names(self) -> None:
+        """Raises ConfigError unless the folder holds the tensors that its config asks for; reads none of them."""
+        check_names(self.weights, self.family.layout, self.config, self.naming)
 
 
 @dataclass(frozen=True)
@@ -147,7 +153,10 @@ def download(place: str) -> Path:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
-        return Path(huggingface_hub.snapshot_download(place, allow_patterns=_HUB_FILES))
+        folder = Path(huggingface_hub.snapshot_download(place, allow_patterns=_HUB_FILES))
+        if not any(folder.glob("*.safetensors")):
+            huggingface_hub.snapshot_download(place, allow_patterns="pytorch_model*.bin")
+        return folder
     except GatedRepoError:
         raise ConfigError(
             f"{place} asks for consent at the Hugging Face hub: log in there first (`hf auth login`)"
@@ -155,7 +164,9 @@ def download(place: str) -> Path:
     except RepositoryNotFoundError:
         raise ConfigError(f"there is no folder {place}, and no model of that name at the Hugging Face hub") from None
     except Exception as error:  # the hub's client raises errors of several HTTP libraries
+        why = f"{type(error).__name__}: {(str(error) or repr(error)).splitlines()[0]}"
         raise ConfigError(
-            f"there is no folder {place}, and the Hugging Face hub can't be reached for a model of that name "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}): check the path, or the network"
+            f"there is no folder {place}, and the Hugging Face hub can't be reached for a model of that name ({why}): "
+            f"check the path, or the network. Without one, fetch it elsewhere (`hf download {place} --local-dir DIR`), "
+            "copy that folder here and name it instead"
         ) from None
