@@ -28,6 +28,8 @@ _WEIGHTS = (
 def from_hf(source: str | Path, destination: str | Path) -> Published:
     """Reads a Hugging Face folder or id and writes `destination`, bit for bit and in the types of the source.
 
+    A part of one layer's array is in memory at a time.
+
     `destination` gets config.yaml (family and model), checkpoints/0, tokenizer/, and in source/ every file beside the
     weights as it was, from which `to_hf` makes the same folder again. Returns what was read.
 
@@ -45,10 +47,9 @@ def from_hf(source: str | Path, destination: str | Path) -> Published:
         for path in tokenizer:
             (folder / "tokenizer").mkdir(exist_ok=True)
             shutil.copyfile(path, folder / "tokenizer" / path.name)
+        arrays = opened.arrays
         try:
-            save_deferred(folder, opened.arrays)
-        except ConfigError:
-            raise
+            save_deferred(folder, arrays)
         except Exception as error:  # Orbax and TensorStore raise many kinds; all mean that it is not on disk
             raise ConfigError(f"{destination} could not be written: {brief(error)}") from error
     return opened
