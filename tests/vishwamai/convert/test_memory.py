@@ -17,13 +17,13 @@ from vishwamai.convert.weights import ShardWriter
 SIZES = dict(hidden_size=512, vocab_size=2000, head_dim=64, num_attention_heads=8)
 SPARSE = dict(num_experts=16, num_experts_per_tok=2, moe_intermediate_size=512)
 CASES = [
-    pytest.param("qwen3", SIZES | dict(num_hidden_layers=24, intermediate_size=2048), id="dense"),
-    pytest.param("qwen3_moe", SIZES | dict(num_hidden_layers=8, mixture=SPARSE), id="experts"),
+    pytest.param("qwen3", SIZES | dict(num_hidden_layers=32, intermediate_size=2048), id="dense"),
+    pytest.param("qwen3_moe", SIZES | dict(num_hidden_layers=10, mixture=SPARSE), id="experts"),
     pytest.param(
         "qwen3", SIZES | dict(num_hidden_layers=96, intermediate_size=2048), id="large", marks=pytest.mark.slow
     ),
 ]
-PARTS = 250e6  # bytes: what is on its way at one time, whatever the model's size
+PARTS = 350e6  # bytes: what is on its way at one time, whatever the model's size
 MEASURE = """
 import ctypes, gc, sys, threading
 import jax
