@@ -1,4 +1,4 @@
-"""`vishwamai convert from-hf SRC DST`, `convert to-hf SRC DST`, `generate`, `tokenizer train`."""
+"""`vishwamai convert from-hf | to-hf | inspect`, `upcycle`, `generate`, `tokenizer train`."""
 
 import argparse
 import logging
@@ -13,12 +13,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     convert = commands.add_parser("convert", help="weights from and to Hugging Face")
     directions = convert.add_subparsers(dest="direction", required=True, metavar="DIRECTION")
     from_hf = directions.add_parser("from-hf", help="a Hugging Face folder or id -> a folder for our tools")
-    from_hf.add_argument("source", metavar="SRC", help="folder with config.json and safetensors, or owner/name")
+    from_hf.add_argument("source", metavar="SRC", help="folder with config.json and weights, or owner/name")
     to_hf = directions.add_parser("to-hf", help="a run -> a folder that Transformers opens")
     to_hf.add_argument("source", metavar="SRC", help="run, or one of its checkpoints/STEP")
     for direction in (from_hf, to_hf):
         direction.add_argument("destination", metavar="DST", help="folder to write; must not exist, or be empty")
         direction.set_defaults(run=_convert)
+    inspect = directions.add_parser("inspect", help="a table of every tensor and its place; reads no weights")
+    inspect.add_argument("source", metavar="DIR", help="Hugging Face folder, owner/name, run, or checkpoints/STEP")
+    inspect.set_defaults(run=_inspect)
     generate = commands.add_parser("generate", help="text that continues a prompt")
     generate.add_argument("--checkpoint", required=True, metavar="DIR", help="run, exported folder, or owner/name")
     generate.add_argument("--prompt", required=True, help="the text to continue")
@@ -63,6 +66,24 @@ def _convert(options: argparse.Namespace) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"{opened.folder} ({opened.family.name}) -> {options.destination}: {len(opened.tensors)} tensors")
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from vishwamai.checkpoint import CheckpointError
+    from vishwamai.config import ConfigError
+    from vishwamai.convert.inspect import places, table
+    from vishwamai.convert.source import Published, open_source
+
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    try:
+        opened = open_source(options.source)
+        print(table(places(opened)))
+        if isinstance(opened, Published):
+            opened.check_names()
+    except (ConfigError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -43,7 +43,7 @@ class Pretrained:
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.graph = nnx.graphdef(nnx.eval_shape(lambda: family.build(config, rngs=nnx.Rngs(0))))
-        self.parameters = jax.tree.map(jnp.asarray, parameters)
+        self.parameters = parameters
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, dtype: str = "float32") -> Self:

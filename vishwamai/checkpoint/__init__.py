@@ -7,19 +7,21 @@ Orbax's `CheckpointManager` (the v0 API, which v1's `Checkpointer` itself stands
 from vishwamai.checkpoint.arrays import (
     CheckpointError,
     latest_step,
-    load_arrays,
     load_parameters,
     save_parameters,
     steps,
 )
 from vishwamai.checkpoint.store import Checkpoints
+from vishwamai.checkpoint.streaming import Deferred, save_deferred, stored_arrays
 
 __all__ = [
     "CheckpointError",
     "Checkpoints",
+    "Deferred",
     "latest_step",
-    "load_arrays",
     "load_parameters",
+    "save_deferred",
     "save_parameters",
     "steps",
+    "stored_arrays",
 ]

@@ -1,6 +1,8 @@
 """Items of a checkpoint on disk: {name: array}, one per layer, saved and checked and loaded through Orbax."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -43,58 +45,70 @@ def save_parameters(run_dir: str | Path, parameters: nnx.State, step: int = 0) -
     folder = Path(run_dir).absolute() / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     with open_manager(folder) as manager:
-        save(manager, step, {"parameters": unstack(parameters)})
+        save(manager, step, {"parameters": ocp.args.StandardSave(unstack(parameters))})
         manager.wait_until_finished()
         manager.check_for_errors()
     return folder / str(step)
 
 
-def load_arrays(run_dir: str | Path, step: int, abstract: nnx.State, shardings: nnx.State | None = None) -> Arrays:
-    """All parameters of one checkpoint by name, one array per layer, in the dtypes that they were saved in.
+def load_parameters(
+    run_dir: str | Path, step: int, abstract: nnx.State, shardings: nnx.State | None = None
+) -> nnx.State:
+    """All parameters of one checkpoint, in the dtypes that they were saved in.
 
     `abstract` says their names and shapes, `shardings` where they shall lie (default: the first device). Raises
     CheckpointError where there is no such checkpoint, where it is damaged, and where it is of another model.
     """
     folder = Path(run_dir).absolute() / FOLDER
-    if step not in steps(run_dir):
-        raise CheckpointError(f"{run_dir} has no checkpoint {step}; complete are: {steps(run_dir) or 'none'}")
+    check_step(run_dir, step)
     first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     flat = jax.eval_shape(unstack, abstract)
     placed = unstacked_shardings(abstract, shardings) if shardings is not None else dict.fromkeys(flat, first)
-    with open_manager(folder, create=False) as manager:
-        try:
-            return load(manager, folder, step, {"parameters": flat}, {"parameters": placed})["parameters"]
-        except Damaged as problem:
-            raise CheckpointError(f"{folder / str(step)} is damaged: {problem}") from problem
+    with open_manager(folder, create=False) as manager, explained(folder, step):
+        arrays = load(manager, folder, step, {"parameters": flat}, {"parameters": placed})["parameters"]
+    return stack(arrays, abstract)
 
 
-def load_parameters(
-    run_dir: str | Path, step: int, abstract: nnx.State, shardings: nnx.State | None = None
-) -> nnx.State:
-    """What `load_arrays` loads, stacked like `abstract`."""
-    return stack(load_arrays(run_dir, step, abstract, shardings), abstract)
+def check_step(run_dir: str | Path, step: int) -> None:
+    """Raises CheckpointError unless a run has a complete checkpoint of a step."""
+    if step not in steps(run_dir):
+        raise CheckpointError(f"{run_dir} has no checkpoint {step}; complete are: {steps(run_dir) or 'none'}")
 
 
-def open_manager(folder: Path, **options) -> ocp.CheckpointManager:
-    """Orbax's manager of a checkpoints/ folder."""
+@contextlib.contextmanager
+def explained(folder: Path, step: int) -> Iterator[None]:
+    """Raises CheckpointError, naming the checkpoint, for what can't be read in it."""
+    try:
+        yield
+    except Damaged as problem:
+        raise CheckpointError(f"{folder / str(step)} is damaged: {problem}") from problem
+
+
+def open_manager(folder: Path, parameters: ocp.CheckpointHandler | None = None, **options) -> ocp.CheckpointManager:
+    """Orbax's manager of a checkpoints/ folder; `parameters` is what writes those, if not the standard handler."""
     # Named here because a checkpoint's metadata can only be read by a manager that knows its items.
-    handlers = {name: ocp.StandardCheckpointHandler() for name in ("parameters", "optimizer")}
-    handlers["about"] = ocp.JsonCheckpointHandler()
+    handlers = {
+        "parameters": parameters or ocp.StandardCheckpointHandler(),
+        "optimizer": ocp.StandardCheckpointHandler(),
+        "about": ocp.JsonCheckpointHandler(),
+    }
     return ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(**options), item_handlers=handlers)
 
 
-def save(manager: ocp.CheckpointManager, step: int, items: dict[str, Arrays]) -> None:
+def save(manager: ocp.CheckpointManager, step: int, items: dict[str, ocp.args.CheckpointArgs]) -> None:
     """Starts to write a checkpoint. Raises CheckpointError for a step that is not the newest, and what Orbax raises."""
     # A batch is a function of its number, and nothing else is drawn at random: the step is the whole data position.
     about = {"format_version": FORMAT_VERSION, "step": step, "data": {"next_batch": step}}
-    saved = {name: ocp.args.StandardSave(arrays) for name, arrays in items.items()}
-    if not manager.save(step, args=ocp.args.Composite(about=ocp.args.JsonSave(about), **saved)):
+    if not manager.save(step, args=ocp.args.Composite(about=ocp.args.JsonSave(about), **items)):
         # Orbax has skipped it in silence.
         raise CheckpointError(f"step {step} does not come after the checkpoints that are there: {manager.all_steps()}")
 
 
-def load(manager: ocp.CheckpointManager, folder: Path, step: int, abstract: dict, shardings: dict) -> dict:
-    """Items by name. Raises Damaged, and CheckpointError for a checkpoint that is whole but not this model's."""
+def targets(manager: ocp.CheckpointManager, folder: Path, step: int, abstract: dict[str, dict]) -> dict[str, dict]:
+    """{item: {name: shape and dtype}} as they were saved, in the order of `abstract`; reads no array.
+
+    Raises Damaged, and CheckpointError for a checkpoint that is whole but not this model's.
+    """
     where = folder / str(step)
     try:
         about = json.loads((where / "about" / "metadata").read_text())
@@ -112,22 +126,38 @@ def load(manager: ocp.CheckpointManager, folder: Path, step: int, abstract: dict
             f"{where} holds no {' and no '.join(missing)}: it can't be resumed; "
             "start a new run from it with init_from (and another run_dir)"
         )
-    targets = {}
+    found = {}
     for name, arrays in abstract.items():
         saved = held[name]
         _check_shapes(where, {k: tuple(v.shape) for k, v in saved.items()}, {k: v.shape for k, v in arrays.items()})
-        targets[name] = {
-            key: jax.ShapeDtypeStruct(value.shape, saved[key].dtype, sharding=shardings[name][key])
-            for key, value in arrays.items()
+        found[name] = {key: jax.ShapeDtypeStruct(value.shape, saved[key].dtype) for key, value in arrays.items()}
+    return found
+
+
+def load(manager: ocp.CheckpointManager, folder: Path, step: int, abstract: dict, shardings: dict) -> dict:
+    """Items by name. Raises what `targets` raises."""
+    wanted = {
+        item: {
+            name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=shardings[item][name])
+            for name, array in arrays.items()
         }
-    wanted = {name: ocp.args.StandardRestore(arrays) for name, arrays in targets.items()}
+        for item, arrays in targets(manager, folder, step, abstract).items()
+    }
+    restore = {name: ocp.args.StandardRestore(arrays) for name, arrays in wanted.items()}
+    with damage_told():
+        found = manager.restore(step, args=ocp.args.Composite(**restore))
+    return {name: found[name] for name in abstract}
+
+
+@contextlib.contextmanager
+def damage_told() -> Iterator[None]:
+    """Raises Damaged for what Orbax raises while it reads arrays."""
     try:
-        found = manager.restore(step, args=ocp.args.Composite(**wanted))
+        yield
     except (jax.errors.JaxRuntimeError, MemoryError, PermissionError):
         raise  # the machine's fault, not the checkpoint's
     except Exception as error:
         raise Damaged(brief(error)) from error
-    return {name: found[name] for name in abstract}
 
 
 def _check_shapes(where: Path, found: dict[str, tuple], expected: dict[str, tuple]) -> None:

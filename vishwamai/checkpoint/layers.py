@@ -15,9 +15,9 @@ def unstack(tree: Any) -> dict[str, Any]:
     A stack is known by having one dimension more than its variable has logical axes.
     """
     arrays = {}
-    for parts, leaf in _leaves(tree):
-        names, value = _names(parts, leaf), _value(leaf)
-        arrays |= {names[0]: value} if not _layers(leaf) else {name: value[i] for i, name in enumerate(names)}
+    for path, leaf in leaves(tree):
+        names, value = array_names(path, leaf), _value(leaf)
+        arrays |= {name: value[i] for i, name in enumerate(names)} if is_stacked(leaf) else {names[0]: value}
     return arrays
 
 
@@ -25,55 +25,53 @@ def stack(arrays: Mapping[str, Any], like: Any) -> Any:
     """The tree shaped like `like` (arrays or abstract) whose `unstack` is `arrays`."""
 
     def one(path, leaf):
-        names = _names(_parts(path), leaf)
-        found = jnp.stack([arrays[name] for name in names]) if _layers(leaf) else arrays[names[0]]
+        names = array_names(path, leaf)
+        found = jnp.stack([arrays[name] for name in names]) if is_stacked(leaf) else arrays[names[0]]
         return leaf.replace(found) if isinstance(leaf, nnx.Variable) else found
 
-    return jax.tree_util.tree_map_with_path(one, like, is_leaf=_is_variable)
+    return jax.tree_util.tree_map_with_path(one, like, is_leaf=is_variable)
 
 
 def unstacked_shardings(abstract: Any, shardings: Any) -> dict[str, NamedSharding]:
     """The sharding of every array of `unstack(abstract)`, from that of the stack it is part of."""
     flat = {}
-    placed = jax.tree.leaves(shardings, is_leaf=_is_variable)
-    for (parts, leaf), sharding in zip(_leaves(abstract), placed, strict=True):
+    placed = jax.tree.leaves(shardings, is_leaf=is_variable)
+    for (path, leaf), sharding in zip(leaves(abstract), placed, strict=True):
         sharding = _value(sharding)
-        if _layers(leaf):
+        if is_stacked(leaf):
             sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-        flat |= dict.fromkeys(_names(parts, leaf), sharding)
+        flat |= dict.fromkeys(array_names(path, leaf), sharding)
     return flat
 
 
-def _is_variable(node: Any) -> bool:
+def array_names(path: tuple, leaf: Any) -> list[str]:
+    """The names on disk of what a leaf at a path of the tree holds: one for each layer, or one."""
+    parts = _parts(path)
+    if not is_stacked(leaf):
+        return [".".join(parts)]
+    return [name_in_stack(parts, i) for i in range(leaf.get_value().shape[0])]
+
+
+def is_variable(node: Any) -> bool:
     return isinstance(node, nnx.Variable)
 
 
 def _value(leaf: Any) -> Any:
-    return leaf.get_value() if _is_variable(leaf) else leaf
+    return leaf.get_value() if is_variable(leaf) else leaf
 
 
-def _layers(leaf: Any) -> int:
-    """How many layers a leaf stacks; 0 for a single array."""
-    if not _is_variable(leaf):
-        return 0
-    shape = leaf.get_value().shape
-    return shape[0] if len(shape) > len(leaf.axes) else 0
+def is_stacked(leaf: Any) -> bool:
+    """Whether a leaf has a first axis for layers."""
+    return is_variable(leaf) and len(leaf.get_value().shape) > len(leaf.axes)
 
 
-def _leaves(tree: Any) -> Iterator[tuple[list[str], Any]]:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_variable):
-        yield _parts(path), leaf
+def leaves(tree: Any) -> Iterator[tuple[tuple, Any]]:
+    """(path, array or variable) of a tree."""
+    yield from jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_variable)
 
 
 def _parts(path: tuple) -> list[str]:
     return [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path]
-
-
-def _names(parts: list[str], leaf: Any) -> list[str]:
-    layers = _layers(leaf)
-    if not layers:
-        return [".".join(parts)]
-    return [name_in_stack(parts, i) for i in range(layers)]
 
 
 def name_in_stack(parts: list[str], index: int) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import orbax.checkpoint as ocp
 
 from vishwamai.checkpoint.arrays import (
     COMMITTED,
@@ -80,7 +81,8 @@ class Checkpoints:
         self._saving = step
         with self._explained():
             # Returns when all is in the host's memory, so that the next step may take the state's buffers.
-            save(self._manager, step, self._items(state))
+            items = self._items(state)
+            save(self._manager, step, {name: ocp.args.StandardSave(arrays) for name, arrays in items.items()})
 
     def check(self) -> None:
         """Raises CheckpointError if the save in the background has failed; does not wait."""

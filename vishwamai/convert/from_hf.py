@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from vishwamai.checkpoint import save_parameters
+from vishwamai.checkpoint import save_deferred
 from vishwamai.checkpoint.arrays import brief
 from vishwamai.config import ConfigError
 from vishwamai.convert.folder import CARRIED, NAMES, fresh_folder
@@ -28,6 +28,8 @@ _WEIGHTS = (
 def from_hf(source: str | Path, destination: str | Path) -> Published:
     """Reads a Hugging Face folder or id and writes `destination`, bit for bit and in the types of the source.
 
+    A part of one layer's array is in memory at a time.
+
     `destination` gets config.yaml (family and model), checkpoints/0, tokenizer/, and in source/ every file beside the
     weights as it was, from which `to_hf` makes the same folder again. Returns what was read.
 
@@ -45,9 +47,9 @@ def from_hf(source: str | Path, destination: str | Path) -> Published:
         for path in tokenizer:
             (folder / "tokenizer").mkdir(exist_ok=True)
             shutil.copyfile(path, folder / "tokenizer" / path.name)
-        parameters = opened.parameters()
+        arrays = opened.arrays
         try:
-            save_parameters(folder, parameters)
+            save_deferred(folder, arrays)
         except Exception as error:  # Orbax and TensorStore raise many kinds; all mean that it is not on disk
             raise ConfigError(f"{destination} could not be written: {brief(error)}") from error
     return opened
@@ -59,5 +61,5 @@ def _carry(opened: Published, folder: Path) -> None:
     for path in sorted(opened.folder.iterdir()):
         if path.is_file() and not path.name.startswith(".") and not any(path.match(pattern) for pattern in _WEIGHTS):
             shutil.copyfile(path, folder / path.name)
-    names = {"naming": opened.naming.name, "repeated": opened.repeated()}
+    names = {"naming": opened.naming.name, "repeated": opened.repeated}
     (folder / NAMES).write_text(json.dumps(names, indent=2) + "\n", encoding="utf-8")

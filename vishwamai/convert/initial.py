@@ -5,18 +5,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import jax
 from flax import nnx
 
 from vishwamai import families
+from vishwamai.checkpoint import Deferred
+from vishwamai.checkpoint.layers import unstack
 from vishwamai.config import Config, ConfigError, differences
 from vishwamai.convert.layout import Row
-from vishwamai.convert.parameters import abstract_parameters, read_parameters, state_path
+from vishwamai.convert.parameters import abstract_parameters, deferred_arrays, layer_name, state_path
+from vishwamai.convert.placing import place
 from vishwamai.convert.source import Published, Run, open_source
 from vishwamai.families import Family
 
 Source = Published | Run
-Parameter = tuple[tuple, nnx.Variable]
 # Changing these keeps every weight's shape and meaning: a run may well do so.
 _FREE = {
     "max_position_embeddings",
@@ -29,8 +31,10 @@ _FREE = {
 }
 
 
-def load_parameters(source: str | Path | Mapping[str, str], family: Family, config: Config) -> nnx.State:
-    """Float32 parameters for a model of `family` with `config`.
+def load_parameters(
+    source: str | Path | Mapping[str, str], family: Family, config: Config, shardings: nnx.State | None = None
+) -> nnx.State:
+    """Float32 parameters for a model of `family` with `config`, laid out by `shardings` (default: on the first device).
 
     `source` is a run, one of its checkpoints, a Hugging Face folder or id; or {part: such a place}, where a part is a
     prefix of parameter paths that the family names (`language_model`, `vision_tower`) or any first part of a path
@@ -45,20 +49,25 @@ def load_parameters(source: str | Path | Mapping[str, str], family: Family, conf
         opened = open_source(source)
         _same_family(opened, family.name, "init_from")
         _same_architecture(opened, opened.config, config, "init_from")
-        return nnx.from_flat_state(_read(opened, rows, abstract))
-    found = []
-    for part, place in source.items():
+        return place(_read(opened, rows, abstract), abstract, "float32", shardings)
+    found, wanted = {}, set()
+    for part, folder in source.items():
         inside = [row for row in rows if row.ours[0].startswith(f"{part}.")]
         if not inside:
             parts = sorted({row.ours[0].split(".")[0] for row in rows})
             raise ConfigError(f"init_from.{part}: a {family.name} has no such part; its parts: {', '.join(parts)}")
-        found += _read_part(part, open_source(place), inside, family, config, abstract)
-    return nnx.from_flat_state(found)
+        found |= _read_part(part, open_source(folder), inside, family, config, abstract)
+        wanted |= {state_path(ours) for row in inside for ours in row.ours}
+
+    def only(state: nnx.State) -> nnx.State:
+        return nnx.from_flat_state([(path, leaf) for path, leaf in nnx.to_flat_state(state) if path in wanted])
+
+    return place(found, only(abstract), "float32", None if shardings is None else only(shardings))
 
 
 def _read_part(
     part: str, opened: Source, rows: list[Row], family: Family, config: Config, abstract: nnx.State
-) -> list[Parameter]:
+) -> dict[str, Deferred]:
     where = f"init_from.{part}"
     alone = family.layout.parts.get(part)  # the family of the part where it is a model of its own
     if opened.family.name == family.name:
@@ -81,20 +90,20 @@ def _section(config: Config, kind: type[Config]) -> Config:
     return next(value for value in vars(config).values() if isinstance(value, kind))
 
 
-def _read(opened: Source, rows: list[Row], abstract: nnx.State) -> list[Parameter]:
-    """The parameters of `rows`; of a run whose own table has the same ones, as they lie there."""
-    own = {ours: row.layers for row in opened.family.layout.rows(opened.config) for ours in row.ours}
+def _read(opened: Source, rows: list[Row], abstract: nnx.State) -> dict[str, Deferred]:
+    """The arrays of `rows`; of a run whose own table has the same ones, as they lie there."""
+    own = {ours: row.layers for row in opened.rows for ours in row.ours}
     wanted = {ours: row.layers for row in rows for ours in row.ours}
     if not (isinstance(opened, Run) and wanted.items() <= own.items()):
-        return read_parameters(opened.tensors, rows, abstract, np.dtype(np.float32))
-    flat = dict(nnx.to_flat_state(opened.parameters("float32")))
-    found = [(path, flat[path]) for path in map(state_path, wanted)]
-    for path, variable in found:
-        shape, expected = variable.get_value().shape, dict(nnx.to_flat_state(abstract))[path].get_value().shape
-        if shape != expected:
-            name = ".".join(path)
-            raise ConfigError(f"{opened.folder}: {name} has shape {shape}, the config makes it {expected}")
-    return found
+        return deferred_arrays(opened.tensors, rows, abstract)
+    shapes = {name: array.shape for name, array in jax.eval_shape(unstack, abstract).items()}
+    names = [layer_name(ours, layer) for row in rows for ours in row.ours for layer in row.places]
+    for name in names:
+        if opened.arrays[name].shape != shapes[name]:
+            raise ConfigError(
+                f"{opened.folder}: {name} has shape {opened.arrays[name].shape}, the config makes it {shapes[name]}"
+            )
+    return {name: opened.arrays[name] for name in names}
 
 
 def _same_family(opened: Source, name: str, where: str) -> None:

@@ -7,25 +7,23 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
 from flax import nnx
 
 from vishwamai import families
-from vishwamai.checkpoint import latest_step
-from vishwamai.checkpoint.arrays import load_arrays
+from vishwamai.checkpoint import Deferred, latest_step, stored_arrays
 from vishwamai.config import ConfigError, read_yaml, validate
-from vishwamai.convert.layout import Naming
+from vishwamai.convert.layout import Naming, Row
 from vishwamai.convert.parameters import (
     Tensors,
     abstract_parameters,
+    check_names,
+    deferred_arrays,
     exported_tensors,
     layer_name,
     published_tensors,
-    read_parameters,
     repeated,
-    state_path,
 )
+from vishwamai.convert.placing import place
 from vishwamai.convert.weights import Weights
 from vishwamai.families import Family
 
@@ -53,6 +51,14 @@ class Source:
     def abstract(self) -> nnx.State:
         return abstract_parameters(self.family.build, self.config)
 
+    @cached_property
+    def rows(self) -> list[Row]:
+        return self.family.layout.rows(self.config)
+
+    def parameters(self, dtype: str, shardings: nnx.State | None = None) -> nnx.State:
+        """All parameters in `dtype`, laid out by `shardings` (default: on the first device)."""
+        return place(self.arrays, self.abstract, dtype, shardings)
+
 
 @dataclass(frozen=True)
 class Published(Source):
@@ -70,13 +76,18 @@ class Published(Source):
     def tensors(self) -> Tensors:
         return published_tensors(self.weights, self.family.layout, self.config, self.naming)
 
+    @cached_property
+    def arrays(self) -> dict[str, Deferred]:
+        """Our arrays by name, one per layer, in the types of the files."""
+        return deferred_arrays(self.tensors, self.rows, self.abstract)
+
+    @cached_property
     def repeated(self) -> dict[str, str]:
         return repeated(self.weights, self.family.layout, self.config, self.naming)
 
-    def parameters(self, dtype: str | None = None) -> nnx.State:
-        """All parameters as NumPy arrays, in `dtype` or the file's."""
-        rows = self.family.layout.rows(self.config)
-        return nnx.from_flat_state(read_parameters(self.tensors, rows, self.abstract, dtype))
+    def check_names(self) -> None:
+        """Raises ConfigError unless the folder holds the tensors that its config asks for; reads none of them."""
+        check_names(self.weights, self.family.layout, self.config, self.naming)
 
 
 @dataclass(frozen=True)
@@ -86,28 +97,13 @@ class Run(Source):
     step: int
 
     @cached_property
-    def _arrays(self) -> dict[str, jax.Array]:
-        return load_arrays(self.folder, self.step, self.abstract)
+    def arrays(self) -> dict[str, Deferred]:
+        """Our arrays by name, one per layer, in the types that they were saved in."""
+        return stored_arrays(self.folder, self.step, self.abstract)
 
     @cached_property
     def tensors(self) -> Tensors:
-        def fetch(ours: str, layer: int | None) -> np.ndarray:
-            return np.asarray(self._arrays[layer_name(ours, layer)])
-
-        return exported_tensors(str(self.folder), self.family.layout.rows(self.config), fetch)
-
-    def parameters(self, dtype: str | None = None) -> nnx.State:
-        """All parameters as NumPy arrays, in `dtype` or as they were saved."""
-        arrays = load_arrays(self.folder, self.step, self.abstract)
-        flat = dict(nnx.to_flat_state(self.abstract))
-        found = []
-        for row in self.family.layout.rows(self.config):
-            for ours in row.ours:
-                # Taken out as they are stacked: the model is never in memory twice.
-                parts = [np.asarray(arrays.pop(layer_name(ours, layer)), dtype) for layer in row.places]
-                array = parts[0] if row.layers is None else np.stack(parts)
-                found.append((state_path(ours), flat[state_path(ours)].replace(array)))
-        return nnx.from_flat_state(found)
+        return exported_tensors(str(self.folder), self.rows, lambda *place: self.arrays[layer_name(*place)])
 
 
 def open_source(place: str | Path) -> Published | Run:
@@ -157,7 +153,10 @@ def download(place: str) -> Path:
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     try:
-        return Path(huggingface_hub.snapshot_download(place, allow_patterns=_HUB_FILES))
+        folder = Path(huggingface_hub.snapshot_download(place, allow_patterns=_HUB_FILES))
+        if not any(folder.glob("*.safetensors")):
+            huggingface_hub.snapshot_download(place, allow_patterns="pytorch_model*.bin")
+        return folder
     except GatedRepoError:
         raise ConfigError(
             f"{place} asks for consent at the Hugging Face hub: log in there first (`hf auth login`)"
@@ -165,7 +164,9 @@ def download(place: str) -> Path:
     except RepositoryNotFoundError:
         raise ConfigError(f"there is no folder {place}, and no model of that name at the Hugging Face hub") from None
     except Exception as error:  # the hub's client raises errors of several HTTP libraries
+        why = f"{type(error).__name__}: {(str(error) or repr(error)).splitlines()[0]}"
         raise ConfigError(
-            f"there is no folder {place}, and the Hugging Face hub can't be reached for a model of that name "
-            f"({type(error).__name__}: {str(error).splitlines()[0]}): check the path, or the network"
+            f"there is no folder {place}, and the Hugging Face hub can't be reached for a model of that name ({why}): "
+            f"check the path, or the network. Without one, fetch it elsewhere (`hf download {place} --local-dir DIR`), "
+            "copy that folder here and name it instead"
         ) from None

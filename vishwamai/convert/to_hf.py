@@ -17,6 +17,8 @@ from vishwamai.tokenizer import VishwamAITokenizer
 def to_hf(source: str | Path, destination: str | Path, shard_bytes: int = SHARD_BYTES) -> Run:
     """Writes a run (or one of its checkpoints) as safetensors with everything that Transformers wants beside them.
 
+    One layer's array, or some small ones, are in memory at a time.
+
     Of a run that came from Hugging Face the source's own files and names are kept; what the run changed is updated in
     its config.json. Returns what was read.
 

@@ -1,14 +1,17 @@
-"""Tensors of a Hugging Face folder, one at a time: reading safetensors (with an index too) and writing them."""
+"""Tensors of a Hugging Face folder, one at a time: reading them from one file or many, writing safetensors."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from vishwamai.config import ConfigError
+from vishwamai.convert.copying import contiguous
+from vishwamai.convert.safetensors_file import open_safetensors
+from vishwamai.convert.stored import DTYPES, Stored
+from vishwamai.convert.torch_file import open_torch
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
@@ -16,72 +19,80 @@ _DTYPES = {
     "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16",
     "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint8": "U8", "bool": "BOOL",
 }  # fmt: skip
-_READ = ("F32", "BF16", "F16")  # what parameters can be kept in: JAX would round F64 to F32
 _HEADER_BYTES_PER_TENSOR = 160  # beside its name: dtype, shape and offsets in JSON
+# The file, its index, and what opens it; of a folder that holds several the first counts.
+_FORMATS: list[tuple[str, str, Callable[[Path], dict[str, Stored]]]] = [
+    (SINGLE, INDEX, open_safetensors),
+    ("pytorch_model.bin", "pytorch_model.bin.index.json", open_torch),
+]
 
 
 class Weights(Mapping):
-    """The tensors in a folder by name; each is read when it is asked for.
+    """The tensors in a folder by name, each a view of its file; `held` says where and what they are.
 
     Raises:
-        ConfigError: no safetensors there, a shard that the index names is missing, or a file that is damaged; when a
-            tensor is read, a type that no parameter can be kept in.
+        ConfigError: no weights there, a file that the index names is missing, one that is damaged or unsafe, or a
+            tensor in two of them; when a tensor is read, a type that no parameter can be kept in.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self._home = {}
-        for path, promised in _shards(self.folder).items():
-            file = _open(path)
-            names = set(file.keys())
-            if absent := sorted((promised or names) - names):
-                raise ConfigError(f"{path} lacks {_some(absent)}, which {INDEX} promises: fetch the file again")
-            self._home |= dict.fromkeys(promised or names, file)
+        self.held: dict[str, Stored] = {}
+        single, index, opener = _format(self.folder)
+        for path, promised in _files(self.folder, single, index).items():
+            found = opener(path)
+            if absent := sorted(promised - found.keys()):
+                raise ConfigError(f"{path} lacks {_some(absent)}, which {index} promises: fetch the file again")
+            if twice := sorted(found.keys() & self.held.keys()):
+                other = self.held[twice[0]].file.name
+                raise ConfigError(f"{path} holds {_some(twice)}, and so does {other}: which ones count?")
+            self.held |= found
+
+    def dtype(self, name: str) -> np.dtype:
+        """The type of a tensor. Raises ConfigError for one that no parameter can be kept in."""
+        stored = self.held[name]
+        if stored.dtype not in DTYPES:
+            raise ConfigError(
+                f"{stored.file}: {name} is {stored.dtype}, expected one of {', '.join(DTYPES)}: "
+                "save the model as one of these"
+            )
+        return DTYPES[stored.dtype]
 
     def __getitem__(self, name: str) -> np.ndarray:
-        file = self._home[name]
-        if (dtype := file.get_slice(name).get_dtype()) not in _READ:
-            raise ConfigError(
-                f"{self.folder}: {name} is {dtype}, expected one of {', '.join(_READ)}: save the model as one of these"
-            )
-        return file.get_tensor(name)
+        self.dtype(name)
+        return self.held[name].read()
 
     def __iter__(self):
-        return iter(self._home)
+        return iter(self.held)
 
     def __len__(self) -> int:
-        return len(self._home)
+        return len(self.held)
 
 
-def _shards(folder: Path) -> dict[Path, set[str] | None]:
-    """Files of a folder with the names that the index promises in each (None without an index)."""
-    if (folder / INDEX).is_file():
-        try:
-            homes = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-            found = {}
-            for name, file in homes.items():
-                found.setdefault(folder / Path(file).name, set()).add(name)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(
-                f"{folder / INDEX} is no index of safetensors ({error!r}): fetch the file again"
-            ) from None
-        if missing := sorted(path.name for path in found if not path.is_file()):
-            raise ConfigError(f"{folder} lacks {_some(missing)}, which {INDEX} names: fetch the rest of the files")
-        return found
-    if (folder / SINGLE).is_file():
-        return {folder / SINGLE: None}
-    other = sorted(path.name for path in folder.glob("*.safetensors"))
-    other += sorted(path.name for path in folder.glob("*.bin"))
+def _format(folder: Path) -> tuple[str, str, Callable[[Path], dict[str, Stored]]]:
+    for form in _FORMATS:
+        if any((folder / name).is_file() for name in form[:2]):
+            return form
+    other = sorted(path.name for kind in ("safetensors", "bin", "pth", "gguf") for path in folder.glob(f"*.{kind}"))
     hint = f"found {_some(other)}" if other else "found no weights at all"
-    raise ConfigError(f"{folder} has neither {SINGLE} nor {INDEX}; {hint}. Save the model as safetensors first")
+    expected = " nor ".join(name for form in _FORMATS for name in form[:2])
+    raise ConfigError(f"{folder} has neither {expected}; {hint}. Save the model with Transformers' save_pretrained")
 
 
-def _open(path: Path):
+def _files(folder: Path, single: str, index: str) -> dict[Path, set[str]]:
+    """Files of a folder with the names that the index promises in each."""
+    if not (folder / index).is_file():
+        return {folder / single: set()}
+    found: dict[Path, set[str]] = {}
     try:
-        return safe_open(path, framework="numpy")
-    except (SafetensorError, OSError) as error:
-        size = path.stat().st_size
-        raise ConfigError(f"{path} ({size:,} bytes) is damaged or cut short ({error}): fetch the file again") from None
+        homes = json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"]
+        for name, file in homes.items():
+            found.setdefault(folder / Path(file).name, set()).add(name)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{folder / index} is no index of {single} ({error!r}): fetch the file again") from None
+    if missing := sorted(path.name for path in found if not path.is_file()):
+        raise ConfigError(f"{folder} lacks {_some(missing)}, which {index} names: fetch the rest of the files")
+    return found
 
 
 def _some(names: list[str], count: int = 5) -> str:
@@ -112,7 +123,7 @@ class ShardWriter:
         if self._file is None or (self._written and self._written + array.nbytes > self.shard_bytes):
             self._next_file()
         # Viewed as bytes: bfloat16 has no buffer of its own in NumPy.
-        self._file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        self._file.write(contiguous(array).reshape(-1).view(np.uint8).data)
         start, self._written = self._written, self._written + array.nbytes
         self._shards[-1][name] = {
             "dtype": _DTYPES[str(array.dtype)], "shape": list(array.shape), "data_offsets": [start, self._written],

@@ -59,7 +59,8 @@ def initial_state(trainer: Trainer, experiment: Experiment, family: Family) -> T
     """What a new run starts from: random weights by the seed, and those that `init_from` names in their place."""
     if experiment.init_from is None:
         return trainer.initial()
-    parameters = dict(nnx.to_flat_state(load_parameters(experiment.init_from, family, experiment.model)))
+    found = load_parameters(experiment.init_from, family, experiment.model, trainer.shardings.parameters)
+    parameters = dict(nnx.to_flat_state(found))
     if parameters.keys() != dict(nnx.to_flat_state(trainer.abstract.parameters)).keys():
         parameters = dict(nnx.to_flat_state(trainer.initial().parameters)) | parameters
     return trainer.from_parameters(nnx.from_flat_state(list(parameters.items())))

@@ -54,7 +54,7 @@ class Trainer:
     gradients: Callable[[TrainState, Batch], tuple[nnx.State, dict[str, tuple], dict[str, Routing]]]
 
     def from_parameters(self, parameters: nnx.State) -> TrainState:
-        """A fresh state (step 0, empty optimizer) on the mesh around given parameters."""
+        """A fresh state (step 0, empty optimizer) on the mesh around given parameters, which it takes over."""
         return self._start(parameters)
 
     _start: Callable[[nnx.State], TrainState]
@@ -143,7 +143,7 @@ def make_trainer(experiment: Experiment, build: Callable[..., nnx.Module], mesh:
         initial=in_mesh(lambda: start(new_parameters()), out_shardings=shardings),
         step=in_mesh(step, in_shardings=(shardings, rows), out_shardings=(shardings, whole), donate_argnums=0),
         gradients=in_mesh(gradients, in_shardings=(shardings, rows)),
-        _start=in_mesh(start, out_shardings=shardings),
+        _start=in_mesh(start, out_shardings=shardings, donate_argnums=0),
     )
 
 

@@ -23,7 +23,7 @@ from vishwamai.checkpoint import save_parameters
 from vishwamai.cli import main
 from vishwamai.config import ConfigError
 from vishwamai.convert.from_hf import from_hf
-from vishwamai.convert.source import open_source
+from vishwamai.convert.source import download, open_source
 from vishwamai.convert.to_hf import to_hf
 
 TEXT_TOWER = {
@@ -305,7 +305,7 @@ def test_nothing_is_left_behind_when_writing_fails(tmp_path, monkeypatch):
 
     # As TensorStore says it, and as the operating system does.
     told = ValueError('RESOURCE_EXHAUSTED: Error writing "a/0.0": Failed to write: No space left on device')
-    monkeypatch.setattr("vishwamai.convert.from_hf.save_parameters", full(told))
+    monkeypatch.setattr("vishwamai.convert.from_hf.save_deferred", full(told))
     with pytest.raises(ConfigError, match="run could not be written: no space left on device"):
         from_hf(tmp_path / "source", tmp_path / "run")
     monkeypatch.undo()
@@ -321,10 +321,31 @@ def test_a_hub_that_cannot_be_reached_is_a_clear_error(monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
-    with pytest.raises(
-        ConfigError, match="there is no folder Qwen/Qwen3-0.6B, and the Hugging Face hub can't be reached"
-    ):
+    with pytest.raises(ConfigError, match="there is no folder Qwen/Qwen3-0.6B, and .* hub can't be reached") as error:
         VishwamAI.from_pretrained("Qwen/Qwen3-0.6B")
+    assert "`hf download Qwen/Qwen3-0.6B --local-dir DIR`" in str(error.value)
+
+
+@pytest.mark.parametrize("kind, fetched", [("safetensors", 1), ("bin", 2)])
+def test_bin_files_are_fetched_where_there_are_no_others(tmp_path, monkeypatch, kind, fetched):
+    asked = []
+
+    def snapshot(place, allow_patterns):
+        asked.append(allow_patterns)
+        (tmp_path / f"model.{kind}").touch()
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    assert download("Qwen/Qwen3-0.6B") == tmp_path
+    assert asked[1:] == ["pytorch_model*.bin"][: fetched - 1] and "*.bin" not in asked[0]
+
+
+def test_experts_of_a_layer_are_of_one_type(tmp_path):
+    name = "model.layers.1.mlp.experts.2.up_proj.weight"
+    held = write_folder(tmp_path / "source", "qwen3_moe", dtype="bfloat16")
+    write_folder(tmp_path / "source", "qwen3_moe", extra={name: held[name].astype(np.float32)})
+    with pytest.raises(ConfigError, match=f"{name} is float32.*expected one type for all experts of a layer"):
+        VishwamAI.from_pretrained(tmp_path / "source")
 
 
 def test_another_familys_weights_are_refused(tmp_path):

@@ -1,0 +1,166 @@
+"""Loading a checkpoint on the CPU beside Transformers: time and memory, each load in a process of its own, in turns.
+
+    python benchmarks/load_cpu.py            # about 6 minutes on 2 cores
+
+The checkpoint is a Qwen3 of 2 GB with random weights, written by Transformers as safetensors into a temporary folder,
+once in the system's cache and once not. A load lasts from the folder's name until every weight has been read once:
+Transformers maps the file and reads it later, ours are turned into other arrays. `whole process` has Python's start
+and the imports in it. Memory is the largest resident size of the process less that before the load, mapped pages
+included. Needs the `torch` extra. A machine that does other work at the time tells nothing: look at the spread.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+# ------------------------------------------------------------------ what runs where; before JAX and PyTorch start
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument("--cores", type=int, default=2, help="CPU cores that both may use (default: %(default)s)")
+parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="of file and model (default: both)")
+parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the checkpoint (default: %(default)s)")
+parser.add_argument("--repeats", type=int, default=3, help="loads of each, in turns (default: %(default)s)")
+options = parser.parse_args()
+os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
+
+from rich.box import SIMPLE_HEAD  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+SIZES = dict(
+    vocab_size=32_000,
+    hidden_size=2048,
+    intermediate_size=6144,
+    num_attention_heads=16,
+    num_key_value_heads=8,
+    head_dim=128,
+    tie_word_embeddings=True,
+)
+BESIDE_LAYERS, LAYER = 32_000 * 2048, 2048 * (3 * 6144 + 6144)  # parameters
+
+MAKE = """
+import json, sys, torch, transformers
+torch.set_default_dtype(getattr(torch, sys.argv[2]))
+config = transformers.Qwen3Config(**json.loads(sys.argv[3]))
+transformers.Qwen3ForCausalLM(config).save_pretrained(sys.argv[1])
+"""
+OURS = """
+import jax
+from vishwamai import VishwamAI, families
+jax.devices()
+families.get("qwen3")
+
+def load(folder, dtype):
+    parameters = jax.tree.leaves(VishwamAI.from_pretrained(folder, dtype=dtype).parameters)
+    return [parameter.block_until_ready() for parameter in parameters]
+
+def read(parameter):
+    import numpy as np
+    np.bitwise_xor.reduce(np.asarray(parameter).reshape(-1).view(np.uint64))
+"""
+THEIRS = """
+import torch, transformers
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+from transformers import Qwen3ForCausalLM
+
+def load(folder, dtype):
+    return list(Qwen3ForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).parameters())
+
+def read(parameter):
+    import numpy as np
+    np.bitwise_xor.reduce(parameter.detach().view(torch.uint8).numpy().reshape(-1).view(np.uint64))
+"""
+MEASURE = """
+import sys, time
+
+def memory(kind):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(kind + ":"))
+
+before, start = memory("VmRSS"), time.perf_counter()
+kept = load(*sys.argv[1:])
+for parameter in kept:
+    read(parameter)
+print(time.perf_counter() - start, memory("VmHWM") - before)
+"""
+
+
+@dataclass(frozen=True)
+class Load:
+    seconds: float
+    process: float
+    memory: float
+
+
+def main() -> None:
+    codes = {"ours": OURS + MEASURE, "Transformers": THEIRS + MEASURE}
+    for dtype in options.dtypes:
+        with tempfile.TemporaryDirectory() as folder:
+            size = make(folder, dtype)
+            for code in codes.values():
+                measure(code, folder, dtype)  # modules get compiled
+            for cached in (True, False):
+                found = {name: [] for name in codes}
+                for _ in range(options.repeats):
+                    for name, code in codes.items():
+                        if not cached:
+                            evict(folder)
+                        found[name].append(measure(code, folder, dtype))
+                where = "in the system's cache" if cached else "on disk alone"
+                report(found, f"{size / 1e9:.2f} GB of {dtype} {where}, {options.cores} cores", size)
+
+
+def make(folder: str, dtype: str) -> int:
+    """Writes the checkpoint; returns its bytes."""
+    width = {"float32": 4, "bfloat16": 2}[dtype]
+    layers = round((options.gigabytes * 1e9 / width - BESIDE_LAYERS) / LAYER)
+    sizes = json.dumps({**SIZES, "num_hidden_layers": layers})
+    subprocess.run([sys.executable, "-c", MAKE, folder, dtype, sizes], check=True, stderr=subprocess.DEVNULL)
+    return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+
+
+def evict(folder: str) -> None:
+    """Drops the files from the system's cache."""
+    for path in Path(folder).glob("*.safetensors"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())  # what is not on disk yet stays in the cache
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def measure(code: str, folder: str, dtype: str) -> Load:
+    command = [sys.executable, "-c", code, folder, dtype]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": str(options.cores)}
+    start = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    seconds, memory = map(float, done.stdout.split())
+    return Load(seconds, time.perf_counter() - start, memory)
+
+
+def report(found: dict[str, list[Load]], title: str, size: int) -> None:
+    table = Table(title=title, title_style="", box=SIMPLE_HEAD)
+    for column in ("", "load, s", "lowest", "highest", "whole process, s", "memory / file"):
+        table.add_column(column, justify="right")
+    lines = []
+    for loads in found.values():
+        seconds = [load.seconds for load in loads]
+        process = statistics.median(load.process for load in loads)
+        lines.append(
+            [statistics.median(seconds), min(seconds), max(seconds), process, max(x.memory for x in loads) / size]
+        )
+    lines.append([mine / other for mine, other in zip(*lines, strict=True)])
+    for name, line in zip((*found, "ratio"), lines, strict=True):
+        table.add_row(name, *(f"{number:.2f}" for number in line))
+    Console(width=90).print(table)
+
+
+if __name__ == "__main__":
+    main()
