@@ -122,27 +122,27 @@ def assert_close(ours, theirs, limit=LOGITS):
     assert difference <= limit, f"largest difference {difference:.2e} (values up to {np.abs(theirs).max():.2f})"
 
 
-def published_gradients(model):
-    """PyTorch's gradients by the names that checkpoints have: experts are kept together in memory, not in files."""
+def as_published(model, of):
+    """(name, of(parameter)) by the names that checkpoints have: experts are kept together in memory, not in files."""
     mixtral = model.config.model_type == "mixtral"
     for name, parameter in model.named_parameters():
-        grad = parameter.grad
+        found = of(parameter)
         name = name.replace("mlp.", "block_sparse_moe.") if mixtral else name
         block, experts, kind = name.partition(".experts.")
         if not experts:
-            yield name, grad
+            yield name, found
             continue
         gate, up, down = ("w1", "w3", "w2") if mixtral else ("gate_proj", "up_proj", "down_proj")
-        for expert, own in enumerate(grad):
+        for expert, own in enumerate(found):
             parts = {gate: own[: len(own) // 2], up: own[len(own) // 2 :]} if kind == "gate_up_proj" else {down: own}
-            for part, of in parts.items():
-                yield f"{block}.experts.{expert}.{part}.weight", of
+            for part, tensor in parts.items():
+                yield f"{block}.experts.{expert}.{part}.weight", tensor
 
 
 def assert_gradients(ours: nnx.State, model, rows, spell=lambda name: name):
     """Every gradient against PyTorch's, by the name table; where PyTorch has none, ours must be zero or absent."""
     flat = {".".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(ours)}
-    expected = dict(published_gradients(model))
+    expected = dict(as_published(model, lambda parameter: parameter.grad))
     largest = max(float(grad.abs().max()) for grad in expected.values() if grad is not None)
     compared = set()
     for row in rows:

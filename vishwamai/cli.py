@@ -22,6 +22,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     inspect = directions.add_parser("inspect", help="a table of every tensor and its place; reads no weights")
     inspect.add_argument("source", metavar="DIR", help="Hugging Face folder, owner/name, run, or checkpoints/STEP")
     inspect.set_defaults(run=_inspect)
+    upcycle = commands.add_parser("upcycle", help="a dense checkpoint becomes a mixture of experts")
+    upcycle.add_argument("source", metavar="SRC", help="run, checkpoints/STEP, Hugging Face folder, or owner/name")
+    upcycle.add_argument("destination", metavar="DST", help="folder to write; must not exist, or be empty")
+    upcycle.add_argument("--experts", required=True, type=int, metavar="E", help="experts of each layer")
+    upcycle.add_argument("--top-k", required=True, type=int, metavar="K", help="experts that a token goes to")
+    upcycle.add_argument("--seed", type=int, default=0, help="of the routers (default: 0)")
+    upcycle.set_defaults(run=_upcycle)
     generate = commands.add_parser("generate", help="text that continues a prompt")
     generate.add_argument("--checkpoint", required=True, metavar="DIR", help="run, exported folder, or owner/name")
     generate.add_argument("--prompt", required=True, help="the text to continue")
@@ -84,6 +91,21 @@ def _inspect(options: argparse.Namespace) -> int:
     except (ConfigError, CheckpointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    return 0
+
+
+def _upcycle(options: argparse.Namespace) -> int:
+    from vishwamai.checkpoint import CheckpointError
+    from vishwamai.config import ConfigError
+    from vishwamai.convert.upcycle import upcycle
+
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    try:
+        family = upcycle(options.source, options.destination, options.experts, options.top_k, options.seed)
+    except (ConfigError, CheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{options.destination} ({family.name}): {options.experts} experts, {options.top_k} for each token")
     return 0
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from parity import torch, transformers
+from parity import as_published, torch, transformers
 
 from vishwamai import families
 from vishwamai.convert.parameters import abstract_parameters, exported_tensors, state_path
@@ -36,10 +36,22 @@ LLAVA = transformers.LlavaConfig(
     vision_feature_select_strategy="full",
     vision_feature_layer=-2,
 )
+QWEN3_30B = transformers.Qwen3MoeConfig(
+    hidden_size=2048, intermediate_size=6144, num_hidden_layers=48, num_attention_heads=32, num_experts=128,
+    num_experts_per_tok=8, moe_intermediate_size=768, norm_topk_prob=True, **(QWEN3 | dict(num_key_value_heads=4)),
+)  # fmt: skip
+MIXTRAL_8X7B = transformers.MixtralConfig(num_key_value_heads=8)
+GEMMA3_1B = transformers.Gemma3TextConfig(
+    vocab_size=262144, hidden_size=1152, intermediate_size=6912, num_hidden_layers=26, num_attention_heads=4,
+    num_key_value_heads=1, sliding_window=512,
+)  # fmt: skip
 # class, config, parameters in all
 PUBLISHED = {
     "Qwen3-0.6B": (transformers.Qwen3ForCausalLM, QWEN3_600M, 596_049_920),
     "Qwen3-8B": (transformers.Qwen3ForCausalLM, QWEN3_8B, 8_190_735_360),
+    "Qwen3-30B-A3B": (transformers.Qwen3MoeForCausalLM, QWEN3_30B, 30_532_122_624),
+    "Mixtral-8x7B": (transformers.MixtralForCausalLM, MIXTRAL_8X7B, 46_702_792_704),
+    "gemma-3-1b": (transformers.Gemma3ForCausalLM, GEMMA3_1B, 999_885_952),
     "siglip-so400m-patch14-384": (transformers.SiglipVisionModel, SO400M, 428_225_600),
     "Llava with both": (transformers.LlavaForConditionalGeneration, LLAVA, 1_026_505_792),
 }
@@ -51,7 +63,7 @@ def test_names_and_shapes(model, config, total):
     layout = family.layout
     ours = layout.read_config({**config.to_dict(), "architectures": [model.__name__]})
     with torch.device("meta"):
-        theirs = dict(model(config).named_parameters())
+        theirs = dict(as_published(model(config), lambda parameter: parameter))
     abstract = abstract_parameters(family.build, ours)
 
     def fetch(path, layer):
