@@ -12,11 +12,10 @@ ORDERS = {"as it lies": lambda x: x, "turned": lambda x: x.swapaxes(-1, -2), "st
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize(
+    "shape, order", [(shape, order) for shape in SHAPES for order in ORDERS if len(shape) > 1 or order == "as it lies"]
+)
 def test_every_number_arrives(dtype, shape, order):
-    if len(shape) < 2 and order != "as it lies":
-        pytest.skip("has one axis")
     array = ORDERS[order](np.random.default_rng(0).normal(size=shape).astype(dtype))
     assert_array_equal(contiguous(array), array, strict=True)
     assert contiguous(array).flags.c_contiguous
