@@ -21,7 +21,7 @@ class Tower:
         self.rows = source.family.layout.rows(self.config)
         self.module = SiglipVision(self.config, feature_layers, rngs=nnx.Rngs(0))
         if feature_layers is None:
-            nnx.update(self.module, source.parameters())
+            nnx.update(self.module, source.parameters("float32"))
         self.graph, self.parameters = nnx.split(self.module)
 
     def inputs(self, images):
