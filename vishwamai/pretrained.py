@@ -15,7 +15,9 @@ from jaxtyping import Array, Float, Int
 from vishwamai import experiment, families
 from vishwamai.config import ConfigError, read_yaml
 from vishwamai.convert.folder import CARRIED
+from vishwamai.convert.parameters import exported_tensors, state_path
 from vishwamai.convert.source import open_source
+from vishwamai.convert.to_hf import export
 from vishwamai.data.batch import Batch, text_batch
 from vishwamai.experiment import DType, Experiment
 from vishwamai.families import Family
@@ -60,6 +62,19 @@ class Pretrained:
             known = " or ".join(name for name in families.names() if families.get(name).build is cls.accepts)
             raise ConfigError(f"{source.folder} holds a {source.family.name}, expected a {known}")
         return cls(source.folder, source.family, source.config, source.parameters(dtype), dtype)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes a folder that Transformers opens: these parameters, and what lies beside those that were read.
+
+        Raises ConfigError where no Transformers class computes the model, or `folder` is not empty.
+        """
+        opened, flat = open_source(self.folder), dict(nnx.to_flat_state(self.parameters))
+
+        def fetch(ours: str, layer: int | None) -> np.ndarray:
+            array = np.asarray(flat[state_path(ours)].get_value())
+            return array if layer is None else array[layer]
+
+        export(opened, exported_tensors(str(self.folder), opened.rows, fetch), folder)
 
     @cached_property
     def tokenizer(self) -> VishwamAITokenizer:

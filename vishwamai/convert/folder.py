@@ -1,4 +1,4 @@
-"""Folders that are written whole or not at all."""
+"""Folders of checkpoints: what lies in them, and how they are written whole or not at all."""
 
 import contextlib
 import shutil
@@ -9,6 +9,24 @@ from vishwamai.config import ConfigError
 
 CARRIED = "source"  # what a converted folder keeps of the checkpoint it was made from
 NAMES = "names.json"  # in there: the spelling of the weights' names, and tied weights that were held twice
+
+_WEIGHTS = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.bin",
+    "*.bin.index.json",
+    "*.h5",
+    "*.msgpack",
+    "*.pth",
+    "*.gguf",
+)
+
+
+def beside_weights(folder: Path) -> Iterator[Path]:
+    """The files of a Hugging Face folder that hold no weights."""
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and not path.name.startswith(".") and not any(path.match(pattern) for pattern in _WEIGHTS):
+            yield path
 
 
 @contextlib.contextmanager

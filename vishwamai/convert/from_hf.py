@@ -9,20 +9,9 @@ import yaml
 from vishwamai.checkpoint import save_deferred
 from vishwamai.checkpoint.arrays import brief
 from vishwamai.config import ConfigError
-from vishwamai.convert.folder import CARRIED, NAMES, fresh_folder
+from vishwamai.convert.folder import CARRIED, NAMES, beside_weights, fresh_folder
 from vishwamai.convert.source import Published, open_source
 from vishwamai.tokenizer import TOKENIZER_FILES
-
-_WEIGHTS = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "*.bin",
-    "*.bin.index.json",
-    "*.h5",
-    "*.msgpack",
-    "*.pth",
-    "*.gguf",
-)
 
 
 def from_hf(source: str | Path, destination: str | Path) -> Published:
@@ -58,8 +47,7 @@ def from_hf(source: str | Path, destination: str | Path) -> Published:
 def _carry(opened: Published, folder: Path) -> None:
     """Copies every file beside the weights, and notes how the weights' names were spelled."""
     folder.mkdir()
-    for path in sorted(opened.folder.iterdir()):
-        if path.is_file() and not path.name.startswith(".") and not any(path.match(pattern) for pattern in _WEIGHTS):
-            shutil.copyfile(path, folder / path.name)
+    for path in beside_weights(opened.folder):
+        shutil.copyfile(path, folder / path.name)
     names = {"naming": opened.naming.name, "repeated": opened.repeated}
     (folder / NAMES).write_text(json.dumps(names, indent=2) + "\n", encoding="utf-8")

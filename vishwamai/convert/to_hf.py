@@ -8,8 +8,9 @@ from typing import Any
 
 from vishwamai import experiment
 from vishwamai.config import ConfigError, read_yaml
-from vishwamai.convert.folder import CARRIED, NAMES, fresh_folder
-from vishwamai.convert.source import Run, open_source
+from vishwamai.convert.folder import CARRIED, NAMES, beside_weights, fresh_folder
+from vishwamai.convert.parameters import Tensors
+from vishwamai.convert.source import Published, Run, open_source
 from vishwamai.convert.weights import SHARD_BYTES, ShardWriter
 from vishwamai.tokenizer import VishwamAITokenizer
 
@@ -29,41 +30,51 @@ def to_hf(source: str | Path, destination: str | Path, shard_bytes: int = SHARD_
     opened = open_source(source)
     if not isinstance(opened, Run):
         raise ConfigError(f"{opened.folder} is a Hugging Face folder already, expected a run (config.yaml)")
+    export(opened, opened.tensors, destination, shard_bytes)
+    return opened
+
+
+def export(opened: Published | Run, tensors: Tensors, destination: str | Path, shard_bytes: int = SHARD_BYTES) -> None:
+    """Writes `tensors` (of the model in `opened`, under today's names) with what lies beside its weights.
+
+    Raises ConfigError as `to_hf`.
+    """
     layout = opened.family.layout
     if parts := layout.unsupported(opened.config, _data(opened.folder)):
         raise ConfigError(f"{opened.folder}: {layout.architectures[0]} does not compute\n  " + "\n  ".join(parts))
-    carried = opened.folder / CARRIED
-    names = _read_json(carried / NAMES) or {"naming": layout.namings[0].name, "repeated": {}}
-    naming, repeated = layout.naming(names["naming"]), names["repeated"]
-    companions = {} if carried.is_dir() else _companions(opened)
+    if isinstance(opened, Published):
+        beside, naming, repeated = opened.folder, opened.naming, opened.repeated
+    else:
+        beside = opened.folder / CARRIED
+        names = _read_json(beside / NAMES) or {"naming": layout.namings[0].name, "repeated": {}}
+        naming, repeated = layout.naming(names["naming"]), names["repeated"]
+    companions = {} if beside.is_dir() else _companions(opened)
     with fresh_folder(destination) as folder:
-        if carried.is_dir():
-            _copy_files(carried, folder)
-        if (opened.folder / "tokenizer").is_dir():
-            _copy_files(opened.folder / "tokenizer", folder)
+        for place in (beside, opened.folder / "tokenizer"):
+            if place.is_dir():
+                _copy_files(place, folder)
         copies = {original: copy for copy, original in repeated.items()}
-        spelled = [naming.spell(name) for name in opened.tensors]
+        spelled = [naming.spell(name) for name in tensors]
         writer = ShardWriter(folder, [*spelled, *copies.values()], shard_bytes)
         dtypes = set()
-        for name, tensor in opened.tensors.items():
+        for name, tensor in tensors.items():
             dtypes.add(str(tensor.dtype))
             writer.write(naming.spell(name), tensor)
             if naming.spell(name) in copies:
                 writer.write(copies[naming.spell(name)], tensor)
         writer.close()
-        _write_json(folder / "config.json", _config(opened, _read_json(carried / "config.json"), dtypes))
+        _write_json(folder / "config.json", _config(opened, _read_json(beside / "config.json"), dtypes))
         for name, content in companions.items():
             _write_json(folder / name, content)
-    return opened
 
 
 def _data(folder: Path):
-    """A run's data section; None in a folder that was only converted."""
+    """A run's data section; None in a folder that was not trained here."""
     path = folder / "config.yaml"
-    return experiment.load(path).data if "data" in read_yaml(path) else None
+    return experiment.load(path).data if path.is_file() and "data" in read_yaml(path) else None
 
 
-def _config(opened: Run, source: dict[str, Any] | None, dtypes: set[str]) -> dict[str, Any]:
+def _config(opened: Published | Run, source: dict[str, Any] | None, dtypes: set[str]) -> dict[str, Any]:
     """The source's config.json, changed only where the run's model or types differ from it."""
     layout = opened.family.layout
     written = layout.write_config(opened.config)
@@ -95,7 +106,7 @@ def _both_nested(a: Any, b: Any) -> bool:
     return isinstance(a, Mapping) and isinstance(b, Mapping)
 
 
-def _companions(opened: Run) -> dict[str, dict[str, Any]]:
+def _companions(opened: Published | Run) -> dict[str, dict[str, Any]]:
     """Files that a run without a Hugging Face source needs beside its tokenizer's."""
     try:
         tokenizer = VishwamAITokenizer.from_pretrained(opened.folder)
@@ -111,8 +122,8 @@ def _companions(opened: Run) -> dict[str, dict[str, Any]]:
 
 
 def _copy_files(source: Path, folder: Path) -> None:
-    for path in source.iterdir():
-        if path.is_file() and path.name != NAMES:
+    for path in beside_weights(source):
+        if path.name != NAMES:
             shutil.copyfile(path, folder / path.name)
 
 
