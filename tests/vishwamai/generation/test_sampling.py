@@ -17,7 +17,9 @@ LIKELY = jax.jit(likely)
 
 def draws(count, **options):
     """`count` rows of the same logits."""
-    return np.asarray(DRAW(np.repeat(LOGITS, count, 0), Sampling(**options).settings(count, V), jnp.int32(0)))
+    return np.asarray(
+        DRAW(np.repeat(LOGITS, count, 0), Sampling(**options).settings(count, V), jnp.zeros(count, jnp.int32))
+    )
 
 
 def softmax(x):
@@ -108,9 +110,9 @@ def test_a_penalty_makes_what_was_said_less_likely():
         return np.where(held, np.where(logits < 0, logits * 1.7, logits / 1.7), logits)
 
     for logits in (LOGITS, LOGITS - 20):  # of either sign at the top
-        assert DRAW(logits, settings, jnp.int32(0), held[None]) == penalised(logits).argmax()
+        assert DRAW(logits, settings, jnp.zeros(1, jnp.int32), held[None]) == penalised(logits).argmax()
     drawn = Sampling(temperature=1.0, repetition_penalty=1.7).settings(20_000, V)
-    tokens = DRAW(np.repeat(LOGITS, 20_000, 0), drawn, jnp.int32(0), np.repeat(held[None], 20_000, 0))
+    tokens = DRAW(np.repeat(LOGITS, 20_000, 0), drawn, jnp.zeros(20_000, jnp.int32), np.repeat(held[None], 20_000, 0))
     assert_drawn_from(np.asarray(tokens), softmax(penalised(LOGITS)[0]))
 
 
@@ -130,8 +132,8 @@ def test_seeds_reproduce_and_differ():
 def test_steps_differ_and_rows_do_not_depend_on_their_neighbours():
     logits = np.random.default_rng(5).normal(0, 1, (4, V)).astype(np.float32)
     scheme = Sampling(temperature=1.0, seed=9)
-    rows = [np.asarray(DRAW(logits, scheme.settings(4, V), jnp.int32(step))) for step in range(20)]
-    alone = [np.asarray(DRAW(logits[:1], scheme.settings(1, V), jnp.int32(step))) for step in range(20)]
+    rows = [np.asarray(DRAW(logits, scheme.settings(4, V), jnp.full(4, step))) for step in range(20)]
+    alone = [np.asarray(DRAW(logits[:1], scheme.settings(1, V), jnp.full(1, step))) for step in range(20)]
     np.testing.assert_array_equal(np.stack(rows)[:, 0], np.stack(alone)[:, 0])
     assert len({tuple(row) for row in map(tuple, rows)}) > 10
 
