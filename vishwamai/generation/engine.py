@@ -169,6 +169,6 @@ def _check_draft(draft: Draft, vocab_size: int) -> None:
     found = _config(draft.graph, draft.parameters).vocab_size
     if found != vocab_size:
         raise ValueError(
-            f"the draft has a vocabulary of {found} tokens, the model of {vocab_size}: a draft proposes tokens by their "
-            "ids, take one that was trained with the same tokenizer"
+            f"the draft has a vocabulary of {found} tokens, the model of {vocab_size}: take a draft that was trained "
+            "with the model's tokenizer"
         )
