@@ -82,6 +82,16 @@ def test_a_batch_of_one_equals_its_row_of_a_batch(small):
         np.testing.assert_array_equal(generate(*small, left_padded([prompt], 0), max_new_tokens=9, **FREE)[0], row)
 
 
+def test_a_drawn_row_depends_on_its_number_and_not_on_its_neighbours(small):
+    sampling = Sampling(temperature=1.0, top_p=0.9, repetition_penalty=1.2, seed=7)
+    options = dict(max_new_tokens=9, sampling=sampling, **FREE)
+    together = generate(*small, left_padded(PROMPTS, 0), **options)
+    np.testing.assert_array_equal(generate(*small, left_padded(PROMPTS[:1], 0), **options), together[:1])
+    others = generate(*small, left_padded([[1] * 11, [2, 3, 4], PROMPTS[2]], 0), **options)
+    np.testing.assert_array_equal(others[2], together[2])
+    assert (generate(*small, left_padded(PROMPTS[2:], 0), **options) != together[2]).any()
+
+
 def test_what_pads_does_not_matter(small):
     batch = left_padded(PROMPTS, 0)
     other = left_padded(PROMPTS, 55)
