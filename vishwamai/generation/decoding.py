@@ -1,9 +1,10 @@
 """The compiled part of generation: prefill, then a loop that decodes until every row has ended.
 
-With a draft, each turn of the loop is one of speculative decoding (Leviathan et al. 2023): the draft, a smaller model,
-proposes the next few tokens, and the model reads them all at once. The tokens are what the model itself then chooses,
-up to the first that was not proposed: what it read behind that one is forgotten. Draft and model draw with the same
-random numbers (Daliri et al. 2024), so that they mostly agree, and the tokens are those of no draft at any temperature.
+With a draft, each turn of the loop is one of speculative decoding (Leviathan et al., arXiv 2211.17192): the draft, a
+smaller model, proposes the next few tokens, and the model reads them all at once. The tokens are what the model itself
+then chooses, up to the first that was not proposed: what it read behind that one is forgotten. Draft and model draw with
+the same random numbers (Daliri et al., arXiv 2408.07978): so they often agree, and a seed gives the tokens that it gives
+without a draft, at any temperature.
 """
 
 from dataclasses import dataclass, field, replace
@@ -83,7 +84,7 @@ class Ending:
 def start(models: Models, batch: Batch, settings: Settings, ending: Ending, sizes: Sizes) -> tuple[Models, Decoding]:
     """Runs the prompts and draws each row's first token: (the layers of both models, where the batch stands)."""
     segment_id = batch.segment_ids[:, -1]
-    # A turn reads as many tokens as it may accept, and one more.
+    # The last turn may write proposals behind the last token of an answer.
     free = jnp.repeat(segment_id[:, None], sizes.room + sizes.draft_tokens, axis=1)
     slots = jnp.concatenate([batch.segment_ids, free], axis=1)
 
