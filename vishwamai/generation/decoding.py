@@ -2,9 +2,9 @@
 
 With a draft, each turn of the loop is one of speculative decoding (Leviathan et al., arXiv 2211.17192): the draft, a
 smaller model, proposes the next few tokens, and the model reads them all at once. The tokens are what the model itself
-then chooses, up to the first that was not proposed: what it read behind that one is forgotten. Draft and model draw with
-the same random numbers (Daliri et al., arXiv 2408.07978): so they often agree, and a seed gives the tokens that it gives
-without a draft, at any temperature.
+then chooses, up to the first that was not proposed: what it read behind that one is forgotten. Draft and model draw
+with the same random numbers (Daliri et al., arXiv 2408.07978): so they often agree, and a seed gives the tokens that
+it gives without a draft, at any temperature.
 """
 
 from dataclasses import dataclass, field, replace
