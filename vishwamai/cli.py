@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     generate.add_argument("--repetition-penalty", type=float, default=1.0, help="above 1: repeat less (default: 1)")
     generate.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
     generate.add_argument("--stop", action="append", help="text that ends the answer; repeats")
+    generate.add_argument("--draft", metavar="DIR", help="a much smaller model that proposes tokens: the same, sooner")
     generate.set_defaults(run=_generate)
     tokenizer = commands.add_parser("tokenizer", help="tokenizers of one's own")
     train = tokenizer.add_subparsers(required=True, metavar="ACTION").add_parser("train", help="learn one from text")
@@ -118,13 +119,14 @@ def _generate(options: argparse.Namespace) -> int:
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
     try:
         model = VishwamAI.from_pretrained(options.checkpoint)
+        draft = VishwamAI.from_pretrained(options.draft) if options.draft else None
         stop = [*model.end_ids, *options.stop] if options.stop else None
         if options.chat:
             ids = encode_prompt([{"role": "user", "content": options.prompt}], model.tokenizer).tokens
         else:
             ids = model.tokenizer.encode(options.prompt)
         shown, tokens = "", []
-        pieces = model.stream([ids], stop=stop, **{name: getattr(options, name) for name in names})
+        pieces = model.stream([ids], stop=stop, draft=draft, **{name: getattr(options, name) for name in names})
         for piece in pieces:
             tokens.extend(piece.tolist())
             text = model.tokenizer.decode(tokens, skip_special_tokens=True)

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from vishwamai.convert.to_hf import export
 from vishwamai.data.batch import Batch, text_batch
 from vishwamai.experiment import DType, Experiment
 from vishwamai.families import Family
-from vishwamai.generation import Generation, Sampling, left_padded
+from vishwamai.generation import Draft, Generation, Sampling, left_padded
 from vishwamai.generation.stopping import length_with, parsed
 from vishwamai.models.transformer import Transformer
 from vishwamai.tokenizer import VishwamAITokenizer
@@ -102,6 +102,13 @@ STOP_EVERY = 16  # tokens between two looks for a stop string, or two rounds of 
 NEW_TOKENS = 256  # where the caller gives no bound
 
 
+class Generated(NamedTuple):
+    """tokens: ids with the prompt in front. log_probabilities: of the M new ones (`Generation.log_probabilities`)."""
+
+    tokens: Int[np.ndarray, "B T+M"]
+    log_probabilities: Float[np.ndarray, "B M"]
+
+
 class VishwamAI(Pretrained):
     """A text model: `VishwamAI.from_pretrained(folder)(input_ids)` gives float32 logits `B T V`; `generate` goes on."""
 
@@ -119,8 +126,10 @@ class VishwamAI(Pretrained):
         self,
         input_ids: Int[Array, "B T"] | Sequence[Sequence[int]],
         attention_mask: Int[Array, "B T"] | None = None,
+        *,
+        return_log_probabilities: bool = False,
         **options: Any,
-    ) -> Int[np.ndarray, "B M"]:
+    ) -> Int[np.ndarray, "B T+M"] | Generated:
         """Token ids, the prompt in front. Prompts of unequal lengths: padded on the left, or a list of lists of ids.
 
         Args:
@@ -129,15 +138,22 @@ class VishwamAI(Pretrained):
             num_return_sequences: rows for each prompt, which stand together.
             stop: ids and strings that end a row, which keeps them; None: the checkpoint's end ids, []: nothing does.
                 Behind the end stands the pad id.
+            draft: another, much smaller VishwamAI with the same tokenizer, which proposes `draft_tokens` (4) at a time:
+                the same tokens, sooner (speculative decoding, see `generation.decoding`).
+            return_log_probabilities: return `Generated`, which has the new tokens' log-probabilities too.
 
         Raises:
-            ValueError: a prompt that is empty, too long or outside the vocabulary; an option out of range.
+            ValueError: a prompt that is empty, too long or outside the vocabulary; an option out of range; a draft with
+                another vocabulary.
         """
         prompts = self._prompts(input_ids, attention_mask)
-        rounds = list(self._continued(prompts, every=None, **options))
+        generation, strings = self._started(prompts, keep_log_probabilities=return_log_probabilities, **options)
+        for _ in self._continued(generation, strings, every=None):
+            pass
         ids, masks = np.asarray(prompts.tokens), np.asarray(prompts.segment_ids)
         front = np.where(masks > 0, ids, self.pad_id).repeat(options.get("num_return_sequences", 1), axis=0)
-        return np.concatenate([front, *rounds], axis=1)
+        tokens = np.concatenate([front, generation.tokens], axis=1)
+        return Generated(tokens, generation.log_probabilities) if return_log_probabilities else tokens
 
     def stream(
         self, input_ids: Int[Array, "1 T"] | Sequence[Sequence[int]], **options: Any
@@ -146,7 +162,8 @@ class VishwamAI(Pretrained):
         prompts = self._prompts(input_ids, None)
         if prompts.rows != 1 or options.get("num_return_sequences", 1) != 1:
             raise ValueError(f"a stream has one row, found {prompts.rows} prompts: use generate")
-        return (tokens[0] for tokens in self._continued(prompts, every=STOP_EVERY, **options))
+        generation, strings = self._started(prompts, **options)
+        return (tokens[0] for tokens in self._continued(generation, strings, every=STOP_EVERY))
 
     @cached_property
     def end_ids(self) -> list[int]:
@@ -180,18 +197,20 @@ class VishwamAI(Pretrained):
                 return left_padded(rows, self.pad_id)
         return text_batch(checked_ids(input_ids, self.config.vocab_size), attention_mask)
 
-    def _continued(
+    def _started(
         self,
         prompts: Batch,
-        every: int | None,
         *,
         max_new_tokens: int | None = None,
         max_length: int | None = None,
         num_return_sequences: int = 1,
         stop: Sequence[int | str] | str | None = None,
+        draft: "VishwamAI | None" = None,
+        draft_tokens: int = 4,
+        keep_log_probabilities: bool = False,
         **sampling: Any,
-    ) -> Iterator[Int[np.ndarray, "B M"]]:
-        """The tokens of every round, side by side the answer."""
+    ) -> tuple[Generation, list[str]]:
+        """What has its first tokens, and the strings that end a row."""
         length = prompts.tokens.shape[1]
         if max_new_tokens is not None and max_length is not None:
             raise ValueError("max_new_tokens and max_length were both given: which one counts?")
@@ -212,7 +231,15 @@ class VishwamAI(Pretrained):
             sampling=Sampling(**sampling),
             samples=num_return_sequences,
             dtype=self.dtype,
+            draft=draft and Draft(draft.graph, draft.parameters, draft_tokens, draft.dtype),
+            keep_log_probabilities=keep_log_probabilities,
         )
+        return generation, strings
+
+    def _continued(
+        self, generation: Generation, strings: Sequence[str], every: int | None
+    ) -> Iterator[Int[np.ndarray, "B M"]]:
+        """The tokens of every round, side by side the answer."""
         every = STOP_EVERY if strings else every or generation.max_new_tokens
         shown = 0
         while True:

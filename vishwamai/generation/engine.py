@@ -1,49 +1,32 @@
-"""Prefill, then a compiled loop that decodes until every row has ended. The same for every model.
+"""A batch that is being continued, seen from outside. The same for every model.
 
 A model brings `embed(batch)`, `mask(batch)` and `language_model`: images matter to the prompt's embeddings only.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import lax
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Float, Int
 
 from vishwamai.data.batch import Batch
+from vishwamai.generation.decoding import Ending, Model, Models, Sizes, proceed, start
 from vishwamai.generation.prompts import bucket, extended_left
-from vishwamai.generation.sampling import GREEDY, Sampling, Settings, sample
-from vishwamai.models.cache import KVCache
+from vishwamai.generation.sampling import GREEDY, Sampling
+from vishwamai.models.config import TextConfig
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Decoding:
-    """Where a batch stands: between two rounds of the loop, or between two calls of it."""
+class Draft(NamedTuple):
+    """A smaller model that proposes so many tokens at a time (see `generation.decoding`)."""
 
-    cache: KVCache
-    token: Int[Array, " B"]  # the latest of each row: written, but not yet in the cache
-    position: Int[Array, " B"]
-    segment_id: Int[Array, " B"]
-    ended: Bool[Array, " B"]
-    length: Int[Array, " B"]  # how many tokens each row has, its end included
-    tokens: Int[Array, "B M"]  # what was generated, with room for more
-    count: Int[Array, ""]  # how many of `tokens` are there
-    held: Bool[Array, "B V"] | None  # the tokens of each row's prompt and answer, where a penalty asks for them
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Ending:
-    """The ids after which a row is over, and the id it is then filled with."""
-
-    end_ids: Int[Array, " E"]
-    pad_id: Int[Array, ""]
+    graph: nnx.GraphDef
+    parameters: nnx.State
+    tokens: int = 4
+    dtype: Any = jnp.float32
 
 
 def generate(graph: nnx.GraphDef, parameters: nnx.State, batch: Batch, **options: Any) -> Int[np.ndarray, "B M"]:
@@ -64,9 +47,13 @@ class Generation:
         batch: one prompt per row, all ending in the last column (`prompts.left_padded`).
         samples: how many rows continue each prompt; they stand together and share its prefill.
         dtype: of the computation and the cache.
+        draft: what proposes tokens. The tokens are the same as without (up to ties that rounding decides), sooner
+            where it is much smaller and often right; each row goes on by what it accepts, alone.
+        keep_log_probabilities: for `log_probabilities`.
 
     Raises:
-        ValueError: an empty prompt, padding at its end, or more tokens than the model's context holds.
+        ValueError: an empty prompt, padding at its end, more tokens than the model's context holds, or a draft with
+            another vocabulary.
     """
 
     def __init__(
@@ -81,22 +68,37 @@ class Generation:
         sampling: Sampling = GREEDY,
         samples: int = 1,
         dtype: Any = jnp.float32,
+        draft: Draft | None = None,
+        keep_log_probabilities: bool = False,
     ):
-        config = nnx.merge(graph, parameters).language_model.config
+        config = _config(graph, parameters)
         _check(batch, max_new_tokens, samples, config.max_position_embeddings)
+        if draft is not None:
+            _check_draft(draft, config.vocab_size)
         self.max_new_tokens = max_new_tokens
-        self._model = graph, dtype, parameters
+        self._models = Models(
+            Model(parameters, graph, dtype), draft and Model(draft.parameters, draft.graph, draft.dtype)
+        )
+        self._draft_tokens = draft.tokens if draft else 0
         self._settings = sampling.settings(batch.rows * samples, config.vocab_size)
         self._end_ids = frozenset(int(id) for id in end_ids)
         self._ending = Ending(jnp.asarray(end_ids, jnp.int32), jnp.int32(pad_id))
         batch = extended_left(batch, bucket(batch.tokens.shape[1]))
-        shape = bucket(max_new_tokens), samples
-        self._layers, self.state = _start(graph, shape, dtype, parameters, batch, self._settings, self._ending)
+        sizes = Sizes(bucket(max_new_tokens), samples, self._draft_tokens, keep_log_probabilities)
+        self._layers, self.state = start(self._models, batch, self._settings, self._ending, sizes=sizes)
 
     @property
     def tokens(self) -> Int[np.ndarray, "B M"]:
         """What there is so far, as wide as the longest row."""
         return np.asarray(self.state.tokens)[:, : self.lengths.max()]
+
+    @property
+    def log_probabilities(self) -> Float[np.ndarray, "B M"]:
+        """Of each token, given what stands before it; float32, 0 behind a row's end. `keep_log_probabilities` asks.
+
+        They are the model's own, of its logits as they are: before temperature, penalty and truncation.
+        """
+        return np.asarray(self.state.log_probabilities)[:, : self.lengths.max()]
 
     @property
     def lengths(self) -> Int[np.ndarray, " B"]:
@@ -110,23 +112,41 @@ class Generation:
         return [row[:-1] if row[-1] in self._end_ids else row for row in rows]
 
     @property
+    def proposed(self) -> int:
+        """How many tokens the draft has proposed."""
+        return int(self.state.proposed)
+
+    @property
+    def accepted(self) -> int:
+        """How many tokens of the answers the draft had proposed."""
+        return int(self.state.accepted)
+
+    @property
     def done(self) -> bool:
         """Every row has ended, or has max_new_tokens."""
-        return int(self.state.count) >= self.max_new_tokens or bool(self.state.ended.all())
+        return bool((self.state.ended | (self.state.length >= self.max_new_tokens)).all())
 
     def advance(self, count: int) -> None:
-        """Decodes until there are `count` tokens, or every row has ended."""
+        """Decodes until every row has `count` tokens, or has ended."""
         limit = jnp.int32(min(count, self.max_new_tokens))
-        graph, dtype, parameters = self._model
-        self.state = _continue(graph, dtype, parameters, self._layers, self.state, limit, self._settings, self._ending)
+        self.state = proceed(
+            self._models, self._layers, self.state, limit, self._settings, self._ending, draft_tokens=self._draft_tokens
+        )
 
     def cut(self, lengths: Mapping[int, int]) -> None:
         """Ends rows: {row: how many of its tokens stay}."""
-        tokens, ended, length = (np.array(x) for x in (self.state.tokens, self.state.ended, self.state.length))
+        names = ("tokens", "log_probabilities", "ended", "length")
+        changed = {name: np.array(x) for name in names if (x := getattr(self.state, name)) is not None}
         for row, kept in lengths.items():
-            tokens[row, kept:], ended[row], length[row] = int(self._ending.pad_id), True, kept
-        changed = {"tokens": tokens, "ended": ended, "length": length}
+            changed["tokens"][row, kept:], changed["ended"][row] = int(self._ending.pad_id), True
+            changed["length"][row] = kept
+            if "log_probabilities" in changed:
+                changed["log_probabilities"][row, kept:] = 0
         self.state = replace(self.state, **jax.tree.map(jnp.asarray, changed))
+
+
+def _config(graph: nnx.GraphDef, parameters: nnx.State) -> TextConfig:
+    return nnx.merge(graph, parameters).language_model.config
 
 
 def _check(batch: Batch, max_new_tokens: int, samples: int, context: int) -> None:
@@ -143,62 +163,12 @@ def _check(batch: Batch, max_new_tokens: int, samples: int, context: int) -> Non
         )
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _start(graph, shape, dtype, parameters: nnx.State, batch: Batch, settings: Settings, ending: Ending):
-    """Runs the prompts and draws each row's first token: (the layers one by one, Decoding). `shape`: room, samples."""
-    room, samples = shape
-    model = nnx.merge(graph, parameters)
-    segment_id = batch.segment_ids[:, -1]
-    slots = jnp.concatenate([batch.segment_ids, jnp.repeat(segment_id[:, None], room, axis=1)], axis=1)
-    decoder = model.language_model
-    x, cache = decoder.prefill(model.embed(batch, dtype), batch.positions, model.mask(batch), slots)
-    logits, held = decoder.unembed(x[:, -1]), None
-    if settings.repetition_penalty is not None:
-        rows = jnp.arange(batch.rows)[:, None]
-        held = jnp.zeros(logits.shape, bool).at[rows, batch.tokens].max(batch.segment_ids == segment_id[:, None])
-    each = partial(jnp.repeat, repeats=samples, axis=0)
-    logits, held, segment_id, position = jax.tree.map(each, (logits, held, segment_id, batch.positions[:, -1] + 1))
-    cache = replace(cache, layers=jax.tree.map(each, cache.layers), segment_ids=each(cache.segment_ids))
-    token = sample(logits, settings, jnp.int32(0), held)
-    state = Decoding(
-        cache=cache,
-        token=token,
-        position=position,
-        segment_id=segment_id,
-        ended=jnp.isin(token, ending.end_ids),
-        length=jnp.ones_like(token),
-        tokens=jnp.full((len(token), room), ending.pad_id).at[:, 0].set(token),
-        count=jnp.int32(1),
-        held=_with(held, token),
-    )
-    return decoder.one_by_one(), state
-
-
-def _with(held: Bool[Array, "B V"] | None, token: Int[Array, " B"]) -> Bool[Array, "B V"] | None:
-    return None if held is None else held.at[jnp.arange(len(token)), token].set(True)
-
-
-@partial(jax.jit, static_argnums=(0, 1), donate_argnums=4)
-def _continue(graph, dtype, parameters, layers, state: Decoding, limit, settings: Settings, ending: Ending) -> Decoding:
-    """Decodes until `limit` tokens are there or every row has ended."""
-    decoder = nnx.merge(graph, parameters).language_model
-
-    def one_more(state: Decoding) -> Decoding:
-        x = decoder.embed_ids(state.token[:, None], dtype)
-        mask = state.cache.mask(state.segment_id[:, None])
-        x, cache, _ = decoder.decoder(x, state.position[:, None], mask, state.cache, layers=layers)
-        token = sample(decoder.unembed(x[:, 0]), settings, state.count, state.held)
-        token = jnp.where(state.ended, ending.pad_id, token)
-        return Decoding(
-            cache=cache,
-            token=token,
-            position=state.position + 1,
-            segment_id=state.segment_id,
-            ended=state.ended | jnp.isin(token, ending.end_ids),
-            length=state.length + ~state.ended,
-            tokens=lax.dynamic_update_slice(state.tokens, token[:, None], (0, state.count)),
-            count=state.count + 1,
-            held=_with(state.held, token),
+def _check_draft(draft: Draft, vocab_size: int) -> None:
+    if draft.tokens < 1:
+        raise ValueError(f"draft_tokens={draft.tokens}: expected at least 1")
+    found = _config(draft.graph, draft.parameters).vocab_size
+    if found != vocab_size:
+        raise ValueError(
+            f"the draft has a vocabulary of {found} tokens, the model of {vocab_size}: take a draft that was trained "
+            "with the model's tokenizer"
         )
-
-    return lax.while_loop(lambda state: (state.count < limit) & ~jnp.all(state.ended), one_more, state)

@@ -9,7 +9,9 @@ from vishwamai.data.batch import Batch
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad_id: int) -> Batch:
-    """A batch of prompts of unequal lengths. Raises ValueError for an empty one."""
+    """A batch of prompts of unequal lengths. Raises ValueError for an empty one, or none at all."""
+    if not len(prompts):
+        raise ValueError("there is no prompt: expected at least one row of token ids")
     for number, prompt in enumerate(prompts):
         if not len(prompt):
             raise ValueError(f"prompt {number} is empty: a model continues at least one token")

@@ -70,9 +70,9 @@ class Settings(NamedTuple):
 
 
 def sample(
-    logits: Float[Array, "B V"], settings: Settings, step: Int[Array, ""], held: Bool[Array, "B V"] | None = None
+    logits: Float[Array, "B V"], settings: Settings, step: Int[Array, " B"], held: Bool[Array, "B V"] | None = None
 ) -> Int[Array, " B"]:
-    """One token for each row; `step` is the number of tokens that the row has had, `held` says which they are."""
+    """One token for each row; `step` says how many tokens the row has had, `held` which are in it and its prompt."""
     if settings.repetition_penalty is not None:
         penalty = settings.repetition_penalty
         logits = jnp.where(held, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
@@ -81,7 +81,7 @@ def sample(
         # At most 0, so that the smallest temperature gives no infinity whose differences are NaN.
         scaled = (logits - jnp.max(logits, axis=-1, keepdims=True)) / settings.temperature
         kept = jnp.where(likely(scaled, settings.top_k, settings.top_p, settings.min_p), scaled, -jnp.inf)
-        keys = jax.vmap(jax.random.fold_in, (0, None))(settings.keys, step)
+        keys = jax.vmap(jax.random.fold_in)(settings.keys, step)
         return jax.vmap(jax.random.categorical)(keys, kept).astype(jnp.int32)
 
     def greedy():

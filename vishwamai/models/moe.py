@@ -66,14 +66,19 @@ class MixtureOfExperts(nnx.Module):
             self.shared_experts = GatedMLP(config, mixture.n_shared_experts * mixture.moe_intermediate_size, rngs=rngs)
         self.mixture = mixture
 
-    def __call__(self, x: Float[Array, "B T D"], real: Bool[Array, "B T"]) -> tuple[Float[Array, "B T D"], Routing]:
-        """The output, and what the router did; what is not `real` is sent to no expert and counts nowhere."""
+    def __call__(
+        self, x: Float[Array, "B T D"], real: Bool[Array, "B T"], drops: bool = True
+    ) -> tuple[Float[Array, "B T D"], Routing]:
+        """The output, and what the router did; what is not `real` is sent to no expert and counts nowhere.
+
+        drops: whether experts are bounded by the capacity. Decoding must not depend on how many tokens come at a time.
+        """
         rows, live = x.reshape(-1, x.shape[-1]), real.reshape(-1)
         # float32: a choice must not depend on how logits were rounded (Fedus et al. 2021, section 2.4).
         logits = self.gate(rows.astype(jnp.float32))
         routes = self.routes(logits)
         experts = jnp.where(live[:, None], routes.experts, self.mixture.num_experts)
-        capacity = self.mixture.capacity(x.shape[1])
+        capacity = self.mixture.capacity(x.shape[1]) if drops else None
         if capacity is None:
             out, dropped = self._dropless(rows, experts, routes.weights), jnp.float32(0)
         else:

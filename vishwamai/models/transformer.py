@@ -53,17 +53,17 @@ class DecoderLayer(nnx.Module):
         attended, keys_values = self.self_attn(self.input_layernorm(x), angles, mask, past, length)
         if self.sandwich_norms:
             x = x + self.post_attention_layernorm(attended)
-            fed, routing = self._feed_forward(self.pre_feedforward_layernorm(x), mask)
+            fed, routing = self._feed_forward(self.pre_feedforward_layernorm(x), mask, past)
             return x + self.post_feedforward_layernorm(fed), keys_values, routing
         x = x + attended
-        fed, routing = self._feed_forward(self.post_attention_layernorm(x), mask)
+        fed, routing = self._feed_forward(self.post_attention_layernorm(x), mask, past)
         return x + fed, keys_values, routing
 
-    def _feed_forward(self, x, mask: Mask) -> tuple[Float[Array, "B T D"], Routing | None]:
+    def _feed_forward(self, x, mask: Mask, past: KeysValues | None) -> tuple[Float[Array, "B T D"], Routing | None]:
         if not self.sparse:
             return self.mlp(x), None
         real = jnp.ones(x.shape[:2], bool) if mask.q_segment_ids is None else jnp.asarray(mask.q_segment_ids) > 0
-        return self.mlp(x, real)
+        return self.mlp(x, real, drops=past is None)
 
 
 def make_norm(config: TextConfig, *, rngs: nnx.Rngs) -> RMSNorm:
@@ -150,11 +150,17 @@ class Transformer(nnx.Module):
         return Decoded(self.norm(x), cache, {})
 
     def prefill(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], mask: Mask, segment_ids: Int[Array, "B S"]
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        mask: Mask,
+        segment_ids: Int[Array, "B S"],
+        at_a_time: int = 1,
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """As `decoder` without a cache, and a cache of the T tokens with S - T free slots (their segments known).
 
-        A layer with a window keeps no more tokens than that.
+        A layer with a window keeps no more tokens than that, and room for others where they are to come several
+        `at_a_time`: the earliest of these sees the whole window when the latest is written.
         """
         angles = self.angles(positions)
 
@@ -168,7 +174,7 @@ class Transformer(nnx.Module):
         )
         slots = segment_ids.shape[1]
         layers = (
-            filled(prompt, min(slots, window or slots))
+            filled(prompt, min(slots, window + at_a_time - 1 if window else slots))
             for prompt, window in zip(by_number(self.pattern, found), windows, strict=True)
         )
         return self.norm(x), KVCache(tuple(layers), segment_ids, jnp.int32(positions.shape[1]))

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 from vishwamai.data.batch import text_batch
-from vishwamai.generation import Sampling, engine, generate, left_padded
+from vishwamai.generation import Sampling, decoding, engine, generate, left_padded
 from vishwamai.generation.prompts import bucket, extended_left
 from vishwamai.models.config import TextConfig
 from vishwamai.models.transformer import Transformer
@@ -82,6 +82,16 @@ def test_a_batch_of_one_equals_its_row_of_a_batch(small):
         np.testing.assert_array_equal(generate(*small, left_padded([prompt], 0), max_new_tokens=9, **FREE)[0], row)
 
 
+def test_a_drawn_row_depends_on_its_number_and_not_on_its_neighbours(small):
+    sampling = Sampling(temperature=1.0, top_p=0.9, repetition_penalty=1.2, seed=7)
+    options = dict(max_new_tokens=9, sampling=sampling, **FREE)
+    together = generate(*small, left_padded(PROMPTS, 0), **options)
+    np.testing.assert_array_equal(generate(*small, left_padded(PROMPTS[:1], 0), **options), together[:1])
+    others = generate(*small, left_padded([[1] * 11, [2, 3, 4], PROMPTS[2]], 0), **options)
+    np.testing.assert_array_equal(others[2], together[2])
+    assert (generate(*small, left_padded(PROMPTS[2:], 0), **options) != together[2]).any()
+
+
 def test_what_pads_does_not_matter(small):
     batch = left_padded(PROMPTS, 0)
     other = left_padded(PROMPTS, 55)
@@ -119,10 +129,11 @@ def test_the_first_token_can_be_the_end(small):
 def started(model, ending, prompts=PROMPTS, room=16):
     batch = extended_left(left_padded(prompts, 0), 16)
     settings = Sampling().settings(batch.rows, CONFIG.vocab_size)
-    ending = engine.Ending(jnp.asarray(ending, jnp.int32), jnp.int32(0))
-    layers, state = engine._start(model[0], (room, 1), jnp.float32, model[1], batch, settings, ending)
-    return lambda state, limit: engine._continue(
-        model[0], jnp.float32, model[1], layers, state, jnp.int32(limit), settings, ending
+    ending = decoding.Ending(jnp.asarray(ending, jnp.int32), jnp.int32(0))
+    models = decoding.Models(decoding.Model(model[1], model[0], jnp.float32), None)
+    layers, state = decoding.start(models, batch, settings, ending, sizes=decoding.Sizes(room, 1, 0, False))
+    return lambda state, limit: decoding.proceed(
+        models, layers, state, jnp.int32(limit), settings, ending, draft_tokens=0
     ), state
 
 
@@ -130,13 +141,13 @@ def test_the_loop_stops_when_every_row_has_ended(small):
     free = generate(*small, left_padded(PROMPTS[:1], 0), max_new_tokens=16, **FREE)
     further, state = started(small, [int(free[0, 5])], PROMPTS[:1])
     first = free[0].tolist().index(free[0, 5])
-    assert int(further(state, 16).count) == first + 1
+    assert int(further(state, 16).cache.length) == 16 + first
 
 
 def test_the_loop_can_stop_and_go_on(small):
     further, state = started(small, [])
     state = further(further(state, 5), 11)
-    assert int(state.count) == 11
+    assert state.length.tolist() == [11] * 3 and int(state.cache.length) == 16 + 10
     np.testing.assert_array_equal(
         state.tokens[:, :11], generate(*small, left_padded(PROMPTS, 0), max_new_tokens=11, **FREE)
     )
@@ -144,13 +155,13 @@ def test_the_loop_can_stop_and_go_on(small):
 
 def test_shapes_of_one_bucket_compile_once(small):
     generate(*small, left_padded([[1] * 33], 0), max_new_tokens=33, **FREE)
-    before = engine._start._cache_size(), engine._continue._cache_size()
+    before = decoding.start._cache_size(), decoding.proceed._cache_size()
     for length, count, temperature in [(34, 40, 0.0), (40, 35, 0.7)]:
         sampling = Sampling(temperature, top_k=3, top_p=0.9, seed=4)
         generate(*small, left_padded([[1] * length], 0), max_new_tokens=count, sampling=sampling, **FREE)
-    assert (engine._start._cache_size(), engine._continue._cache_size()) == before
+    assert (decoding.start._cache_size(), decoding.proceed._cache_size()) == before
     generate(*small, left_padded([[1] * 41], 0), max_new_tokens=33, **FREE)
-    assert engine._start._cache_size() == before[0] + 1
+    assert decoding.start._cache_size() == before[0] + 1
 
 
 def test_buckets_are_few_and_near():

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from parity import decoder, saved, stretched, torch, wakeful
+from parity import assert_close, decoder, saved, stretched, torch, wakeful
 
 from vishwamai import VishwamAI
 from vishwamai.data.batch import text_batch
@@ -40,3 +40,17 @@ def test_greedy_tokens_equal_transformers(kind, tmp_path):
     assert min(len(set(row)) for row in got.tolist()) > 10
     end = [int(expected[0, 9]), int(expected[2, 4])]
     np.testing.assert_array_equal(*both(end))
+
+
+def test_log_probabilities_equal_transformers(tmp_path):
+    theirs = wakeful(decoder(seed=4))
+    ours = VishwamAI.from_pretrained(saved(theirs, tmp_path))
+    ids = np.random.default_rng(0).integers(1, 199, (3, 19))
+    mask = np.arange(19) >= np.array([[0], [7], [18]])
+    options = dict(max_new_tokens=24, repetition_penalty=1.3)
+    given = dict(attention_mask=torch.tensor(mask), do_sample=False, eos_token_id=None, pad_token_id=0)
+    out = theirs.generate(torch.tensor(ids), **options, **given, output_logits=True, return_dict_in_generate=True)
+    got = ours.generate(ids, mask, stop=[], return_log_probabilities=True, **options)
+    np.testing.assert_array_equal(got.tokens[:, 19:], out.sequences[:, 19:])
+    expected = torch.stack(out.logits, dim=1).log_softmax(dim=-1).gather(2, out.sequences[:, 19:, None])[..., 0]
+    assert_close(got.log_probabilities, expected)

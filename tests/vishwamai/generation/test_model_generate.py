@@ -2,8 +2,10 @@
 
 import json
 import shutil
+from copy import copy
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from hf_folders import write_folder
@@ -111,6 +113,72 @@ def test_a_stream_is_what_generate_gives_piece_by_piece(model):
         np.testing.assert_array_equal(np.concatenate(pieces), whole[:21])
 
 
+def exact(model, prompt, answer):
+    """Log-probabilities of an answer's tokens by the whole text."""
+    logits = model([[*prompt, *answer]])[0, len(prompt) - 1 : -1]
+    return np.asarray(jax.nn.log_softmax(logits))[np.arange(len(answer)), answer]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, dict(temperature=1.5, top_k=20, repetition_penalty=1.5, num_return_sequences=2)],
+    ids=["greedy", "drawn"],
+)
+def test_log_probabilities_are_those_of_the_whole_text(model, options):
+    """The model's own: not of what temperature, top_k and a penalty make of them."""
+    tokens = model.generate(PROMPTS, max_new_tokens=20, stop=[], **options)
+    end = int(tokens[0, 5 + 6])
+    ends = dict(max_new_tokens=20, stop=[end], **options)
+    got = model.generate(PROMPTS, return_log_probabilities=True, **ends)
+    np.testing.assert_array_equal(got.tokens, model.generate(PROMPTS, **ends))
+    assert got.log_probabilities.dtype == np.float32
+    assert got.log_probabilities.shape == (len(tokens), got.tokens.shape[1] - 5)
+    lengths = []
+    for row, answer, found in zip(range(len(tokens)), got.tokens[:, 5:], got.log_probabilities, strict=True):
+        length = answer.tolist().index(end) + 1 if end in answer else len(answer)
+        prompt = PROMPTS[row * 3 // len(tokens)]
+        np.testing.assert_allclose(found[:length], exact(model, prompt, answer[:length]), atol=1e-4)
+        assert (found[length:] == 0).all() and (found[:length] < 0).all()
+        lengths.append(length)
+    assert min(lengths) <= 7 < max(lengths)
+
+
+def test_log_probabilities_end_where_a_string_does(model):
+    free = model.generate(PROMPTS[:1], max_new_tokens=40, stop=[], return_log_probabilities=True)
+    string = model.tokenizer.decode(free.tokens[0, 22:25])
+    got = model.generate(PROMPTS[:2], max_new_tokens=40, stop=[string], return_log_probabilities=True)
+    length = np.count_nonzero(got.log_probabilities[0])
+    assert 1 < length <= 20 < got.log_probabilities.shape[1]
+    np.testing.assert_allclose(got.log_probabilities[0, :length], free.log_probabilities[0, :length], atol=1e-5)
+
+
+@pytest.mark.parametrize("right", ["always", "sometimes"])
+def test_a_draft_changes_nothing_but_the_time(model, right):
+    """Strings and ends within what was accepted, pieces of a stream, log-probabilities."""
+    draft = copy(model)
+    if right == "sometimes":
+        noise = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(model.parameters))))
+        change = lambda x: x + 0.3 * x.std() * jax.random.normal(next(noise), x.shape)  # noqa: E731
+        draft.parameters = jax.tree.map(change, model.parameters)
+    free = model.generate(PROMPTS, max_new_tokens=40, stop=[])[:, 5:]
+    stop = [model.tokenizer.decode(free[0, 17:20]), int(free[1, 7])]
+    for options in (dict(stop=stop), dict(stop=[]), dict(stop=stop, temperature=1.0, num_return_sequences=2)):
+        options = dict(max_new_tokens=40, return_log_probabilities=True, **options)
+        plain = model.generate(PROMPTS, **options)
+        got = model.generate(PROMPTS, draft=draft, draft_tokens=3, **options)
+        np.testing.assert_array_equal(got.tokens, plain.tokens)
+        np.testing.assert_allclose(got.log_probabilities, plain.log_probabilities, atol=1e-4)
+    pieces = list(model.stream(PROMPTS[:1], max_new_tokens=40, stop=[], draft=draft, draft_tokens=3))
+    assert [len(piece) for piece in pieces] == [16, 16, 8]
+    np.testing.assert_array_equal(np.concatenate(pieces), free[0])
+
+
+def test_a_draft_of_another_vocabulary(model, tmp_path):
+    write_folder(tmp_path, "qwen3", CONFIG.model_copy(update={"vocab_size": 390}), dtype="float32")
+    with pytest.raises(ValueError, match="the draft has a vocabulary of 390 tokens, the model of 389"):
+        model.generate(PROMPTS, max_new_tokens=40, draft=VishwamAI.from_pretrained(tmp_path))
+
+
 def test_a_penalty_reaches_prompt_and_answer(model):
     plain = model.generate(PROMPTS[:1], max_new_tokens=60, stop=[])[0]
     varied = model.generate(PROMPTS[:1], max_new_tokens=60, stop=[], repetition_penalty=50.0)[0]
@@ -121,6 +189,9 @@ def test_a_penalty_reaches_prompt_and_answer(model):
     "prompts, options, message",
     [
         ([[3], []], {}, "prompt 1 is empty"),
+        ([], {}, "there is no prompt"),
+        ([[3, -1]], {}, "holds -1; the vocabulary's ids are 0 to 388"),
+        ([[3] * 97], {}, "the longest prompt has 97 tokens and max_new_tokens is 1, the context holds 96"),
         ([[3, 389]], {}, "holds 389; the vocabulary's ids are 0 to 388"),
         ([[3]], dict(max_new_tokens=96), "the context holds 96"),
         ([[3, 4]], dict(max_length=2), "max_length=2 leaves no room behind a prompt of 2 tokens"),
@@ -152,6 +223,8 @@ def test_the_command_prints_what_generate_gives(model, capsys):
     assert capsys.readouterr().out == expected + "\n"
     assert main([*call, "--stream", "--stop", expected[3:5]]) == 0
     assert len(capsys.readouterr().out) < len(expected)
+    assert main([*call, "--draft", str(model.folder)]) == 0
+    assert capsys.readouterr().out == expected + "\n"
     assert main([*call, "--chat", "--temperature", "1", "--seed", "4"]) == 0
     assert capsys.readouterr().out not in ("", expected + "\n")
 
@@ -162,6 +235,7 @@ def test_the_command_prints_what_generate_gives(model, capsys):
         (["--checkpoint", "nowhere"], "nowhere"),
         (["--max-new-tokens", "500"], "the context holds 96"),
         (["--top-p", "2"], "top_p=2.0"),
+        (["--draft", "nowhere"], "nowhere"),
     ],
 )
 def test_the_command_says_what_is_wrong(model, capsys, change, message):

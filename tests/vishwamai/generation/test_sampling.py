@@ -17,7 +17,9 @@ LIKELY = jax.jit(likely)
 
 def draws(count, **options):
     """`count` rows of the same logits."""
-    return np.asarray(DRAW(np.repeat(LOGITS, count, 0), Sampling(**options).settings(count, V), jnp.int32(0)))
+    return np.asarray(
+        DRAW(np.repeat(LOGITS, count, 0), Sampling(**options).settings(count, V), jnp.zeros(count, jnp.int32))
+    )
 
 
 def softmax(x):
@@ -92,6 +94,17 @@ def test_edges():
     assert (np.flatnonzero(LIKELY(certain, jnp.int32(V), jnp.float32(0.9), jnp.float32(0))) == [7]).all()
 
 
+def test_edges_of_min_p():
+    flat, ties = np.zeros((1, V), np.float32), np.where(np.arange(V) < 3, 4, LOGITS - 10).astype(np.float32)
+    assert np.asarray(LIKELY(flat, jnp.int32(V), jnp.float32(1.0), jnp.float32(1.0))).all()
+    kept = LIKELY(ties, jnp.int32(V), jnp.float32(1.0), jnp.float32(1.0))[0]
+    assert np.flatnonzero(kept).tolist() == [0, 1, 2]
+    shares = softmax(LOGITS[0])
+    second = float(np.float32(np.sort(shares)[-2] / shares.max()))
+    for min_p, count in [(second * 1.001, 1), (second * 0.999, 2)]:
+        assert LIKELY(LOGITS, jnp.int32(V), jnp.float32(1.0), jnp.float32(min_p)).sum() == count
+
+
 def test_draws_follow_what_min_p_leaves():
     shares = softmax(LOGITS[0] / 1.5)
     kept = shares >= 0.2 * shares.max()
@@ -108,10 +121,32 @@ def test_a_penalty_makes_what_was_said_less_likely():
         return np.where(held, np.where(logits < 0, logits * 1.7, logits / 1.7), logits)
 
     for logits in (LOGITS, LOGITS - 20):  # of either sign at the top
-        assert DRAW(logits, settings, jnp.int32(0), held[None]) == penalised(logits).argmax()
+        assert DRAW(logits, settings, jnp.zeros(1, jnp.int32), held[None]) == penalised(logits).argmax()
     drawn = Sampling(temperature=1.0, repetition_penalty=1.7).settings(20_000, V)
-    tokens = DRAW(np.repeat(LOGITS, 20_000, 0), drawn, jnp.int32(0), np.repeat(held[None], 20_000, 0))
+    tokens = DRAW(np.repeat(LOGITS, 20_000, 0), drawn, jnp.zeros(20_000, jnp.int32), np.repeat(held[None], 20_000, 0))
     assert_drawn_from(np.asarray(tokens), softmax(penalised(LOGITS)[0]))
+
+
+def test_draws_follow_what_is_left_by_all_of_them():
+    """A penalty, then the temperature, then top_k, top_p of what that leaves, min_p."""
+    held = np.arange(V) % 3 == 0
+    options = dict(temperature=1.5, top_k=14, top_p=0.9, min_p=0.3, repetition_penalty=1.6)
+    scaled = np.where(held, np.where(LOGITS < 0, LOGITS * 1.6, LOGITS / 1.6), LOGITS)[0].astype(np.float64) / 1.5
+    order = np.argsort(-scaled)
+    shares = softmax(scaled[order[:14]])
+    left = order[: np.searchsorted(np.cumsum(shares), 0.9) + 1]
+    kept = left[scaled[left] >= scaled.max() + np.log(0.3)]
+    assert 2 < len(kept) < len(left) < 14 and held[kept].any()
+    probabilities = np.zeros(V)
+    probabilities[kept] = softmax(scaled[kept])
+    many = 20_000
+    drawn = DRAW(
+        np.repeat(LOGITS, many, 0),
+        Sampling(**options).settings(many, V),
+        jnp.zeros(many, jnp.int32),
+        np.repeat(held[None], many, 0),
+    )
+    assert_drawn_from(np.asarray(drawn), probabilities)
 
 
 def test_temperature_0_top_k_1_and_a_tiny_top_p_are_the_most_likely_token():
@@ -130,8 +165,8 @@ def test_seeds_reproduce_and_differ():
 def test_steps_differ_and_rows_do_not_depend_on_their_neighbours():
     logits = np.random.default_rng(5).normal(0, 1, (4, V)).astype(np.float32)
     scheme = Sampling(temperature=1.0, seed=9)
-    rows = [np.asarray(DRAW(logits, scheme.settings(4, V), jnp.int32(step))) for step in range(20)]
-    alone = [np.asarray(DRAW(logits[:1], scheme.settings(1, V), jnp.int32(step))) for step in range(20)]
+    rows = [np.asarray(DRAW(logits, scheme.settings(4, V), jnp.full(4, step))) for step in range(20)]
+    alone = [np.asarray(DRAW(logits[:1], scheme.settings(1, V), jnp.full(1, step))) for step in range(20)]
     np.testing.assert_array_equal(np.stack(rows)[:, 0], np.stack(alone)[:, 0])
     assert len({tuple(row) for row in map(tuple, rows)}) > 10
 
@@ -145,6 +180,7 @@ def test_steps_differ_and_rows_do_not_depend_on_their_neighbours():
         (dict(top_p=0.0), "top_p=0.0: expected a share"),
         (dict(top_p=1.5), "top_p=1.5"),
         (dict(min_p=-0.1), "min_p=-0.1: expected a share"),
+        (dict(min_p=1.01), "min_p=1.01: expected a share"),
         (dict(repetition_penalty=0.0), "repetition_penalty=0.0"),
     ],
 )
