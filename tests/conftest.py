@@ -1,5 +1,6 @@
 """What all tests share: 8 simulated CPU devices, compiled programs kept between runs, and the folder of real data."""
 
+import gc
 import os
 import subprocess
 from pathlib import Path
@@ -17,6 +18,14 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_num_cpu_devices", 8)
     jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_let_go():
+    """Compiled programs go with their module: each maps memory, and a process may have 65,530 maps on Linux."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
