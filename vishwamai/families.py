@@ -30,7 +30,7 @@ class Family:
     name:          what a config's `family:` says
     model_config:  schema of the config's `model:` section
     data_config:   schema of its `data:` section
-    build:         (model config, rngs=) -> module with `hidden_states(batch)` and `unembed(x)`
+    build:         (model config, rngs=) -> module with `decoded(batch)`, `unembed(x)` and `language_model`
     text_config:   model config -> its decoder's TextConfig
     batch_source:  (experiment, tokenizer) -> global batches by step number
     layout:        the Hugging Face architecture(s) it is read from and written to
