@@ -200,7 +200,9 @@ def test_a_norm_that_overflows_is_told(trainer_for, source, tmp_path):
     finite = jax.tree.map(lambda x: np.full(x.shape, 1e30, np.float32), state.trainable)
     finite["embed_tokens"]["embedding"].get_value()[3, 4] = -2e30
     metrics = {"loss": (1.0, 1.0)}
-    message = str(explain(replace(trainer, gradients=lambda *_: (finite, metrics, {})), state, source.batch(0), tmp_path))
+    message = str(
+        explain(replace(trainer, gradients=lambda *_: (finite, metrics, {})), state, source.batch(0), tmp_path)
+    )
     assert (
         "every number is finite, but their norm overflows; the largest is in embed_tokens.embedding: 2e+30" in message
     )
