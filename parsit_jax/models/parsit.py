@@ -76,9 +76,9 @@ class ParsitModel(nnx.Module):
     def features_per_row(self, batch: Batch) -> int:
         return batch.patches.shape[1] // (4 if self.config.pooling is Pooling.AVERAGE_2X2 else 1)
 
-    def decoded(self, batch: Batch, dtype=jnp.float32, remat: Remat = Remat.NONE) -> Decoded:
+    def decoded(self, batch: Batch, dtype=jnp.float32, remat: Remat = Remat.NONE, drops: bool = False) -> Decoded:
         x = self.embed(batch, dtype, remat)
-        return self.language_model.decoder(x, batch.positions, self.mask(batch), remat=remat)
+        return self.language_model.decoder(x, batch.positions, self.mask(batch), remat=remat, drops=drops)
 
     def hidden_states(self, batch: Batch, dtype=jnp.float32, remat: Remat = Remat.NONE) -> Float[Array, "B T D"]:
         return self.decoded(batch, dtype, remat).hidden

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from vishwamai.data.batch import text_batch
 from vishwamai.models.config import MixtureConfig, TextConfig
 from vishwamai.models.moe import MixtureOfExperts, bounded, dense, dropless
+from vishwamai.models.transformer import Transformer
 
 SIZES = dict(
     vocab_size=16, hidden_size=12, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2,
@@ -127,8 +129,8 @@ def test_what_finds_no_room_is_dropped_and_counted():
 def test_padding_goes_nowhere_and_counts_nowhere(capacity_factor):
     module = layer(capacity_factor=capacity_factor)
     x, real = tokens(2, 11), jnp.arange(11) < jnp.array([[11], [4]])
-    out, routing = module(x, real)
-    poisoned, same = module(jnp.where(real[:, :, None], x, jnp.nan), real)
+    out, routing = module(x, real, drops=True)
+    poisoned, same = module(jnp.where(real[:, :, None], x, jnp.nan), real, drops=True)
     np.testing.assert_array_equal(np.asarray(out)[np.asarray(real)], np.asarray(poisoned)[np.asarray(real)])
     assert np.all(np.asarray(out)[~np.asarray(real)] == 0)
     assert_same(same, routing, 0)
@@ -137,13 +139,29 @@ def test_padding_goes_nowhere_and_counts_nowhere(capacity_factor):
     assert 0 < routing.entropy < 15 * np.log(5) + 1e-4
 
 
-def test_shared_experts_see_every_token():
-    module, x, real = layer(n_shared_experts=2), tokens(2, 9), jnp.ones((2, 9), bool)
+@pytest.mark.parametrize("drops", [False, True])
+def test_shared_experts_see_every_token(drops):
+    module, x, real = layer(n_shared_experts=2, capacity_factor=0.5), tokens(2, 9), jnp.ones((2, 9), bool)
     assert module.shared_experts.up_proj.kernel.shape == (12, 14)
-    out, _ = module(x, real)
+    out, routing = module(x, real, drops)
     shared = module.shared_experts(x)
     del module.shared_experts
-    np.testing.assert_allclose(out - shared, module(x, real)[0], atol=1e-5)
+    np.testing.assert_allclose(out - shared, module(x, real, drops)[0], atol=1e-5)
+    assert (routing.dropped > 0) == drops
+
+
+def test_only_training_drops():
+    """What a trained model answers does not depend on its capacity, as it doesn't where it is exported to."""
+    batch = text_batch(np.random.default_rng(0).integers(0, 16, (2, 15)))
+    found = []
+    for factor in (None, 0.3):
+        model = Transformer(config(capacity_factor=factor), rngs=nnx.Rngs(0))
+        prompt = model.embed(batch), batch.positions, model.mask(batch), jnp.ones((2, 20), jnp.int32)
+        found.append([model.decoded(batch).hidden, model.prefill(*prompt)[0], model.decoded(batch, drops=True).hidden])
+    plain, bounded_one = found
+    np.testing.assert_array_equal(plain[0], bounded_one[0])
+    np.testing.assert_array_equal(plain[1], bounded_one[1])
+    assert np.abs(np.asarray(plain[2] - bounded_one[2])).max() > 1e-3
 
 
 def test_sigmoid_routers_choose_by_score_and_bias_and_weigh_by_score():

@@ -111,7 +111,9 @@ class MixtureConfig(Config):
         0.0, ge=0, description="sigmoid: how far a step moves the biases that balance the load (DeepSeek-V3: 0.001)"
     )
     capacity_factor: float | None = Field(
-        None, gt=0, description="of a row, an expert takes so many times its even share; null: all that come"
+        None,
+        gt=0,
+        description="in training, an expert takes so many times its even share of a row; null: all that come",
     )
 
     @model_validator(mode="after")

@@ -67,11 +67,12 @@ class MixtureOfExperts(nnx.Module):
         self.mixture = mixture
 
     def __call__(
-        self, x: Float[Array, "B T D"], real: Bool[Array, "B T"], drops: bool = True
+        self, x: Float[Array, "B T D"], real: Bool[Array, "B T"], drops: bool = False
     ) -> tuple[Float[Array, "B T D"], Routing]:
         """The output, and what the router did; what is not `real` is sent to no expert and counts nowhere.
 
-        drops: whether experts are bounded by the capacity. Decoding must not depend on how many tokens come at a time.
+        drops: whether experts are bounded by the capacity, as in training. What is read from a trained model must not
+        depend on how long its rows are.
         """
         rows, live = x.reshape(-1, x.shape[-1]), real.reshape(-1)
         # float32: a choice must not depend on how logits were rounded (Fedus et al. 2021, section 2.4).
@@ -84,6 +85,7 @@ class MixtureOfExperts(nnx.Module):
         else:
             grouped = (a.reshape(*x.shape[:2], -1) for a in (x, experts, routes.weights))
             out, dropped = bounded(*grouped, self.experts.matrices(x.dtype), self.experts.act, capacity)
+            out = out.reshape(rows.shape)
         if hasattr(self, "shared_experts"):
             out = out + self.shared_experts(rows)
         return out.reshape(x.shape), self._routing(logits, experts, live, dropped)

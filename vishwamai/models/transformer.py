@@ -48,22 +48,28 @@ class DecoderLayer(nnx.Module):
         self.sparse = kind.sparse
 
     def __call__(
-        self, x: Float[Array, "B T D"], angles: Angles, mask: Mask, past: KeysValues | None = None, length=None
+        self,
+        x: Float[Array, "B T D"],
+        angles: Angles,
+        mask: Mask,
+        past: KeysValues | None = None,
+        length: Int[Array, "..."] | None = None,
+        drops: bool = False,
     ) -> tuple[Float[Array, "B T D"], KeysValues, Routing | None]:
         attended, keys_values = self.self_attn(self.input_layernorm(x), angles, mask, past, length)
         if self.sandwich_norms:
             x = x + self.post_attention_layernorm(attended)
-            fed, routing = self._feed_forward(self.pre_feedforward_layernorm(x), mask, past)
+            fed, routing = self._feed_forward(self.pre_feedforward_layernorm(x), mask, drops)
             return x + self.post_feedforward_layernorm(fed), keys_values, routing
         x = x + attended
-        fed, routing = self._feed_forward(self.post_attention_layernorm(x), mask, past)
+        fed, routing = self._feed_forward(self.post_attention_layernorm(x), mask, drops)
         return x + fed, keys_values, routing
 
-    def _feed_forward(self, x, mask: Mask, past: KeysValues | None) -> tuple[Float[Array, "B T D"], Routing | None]:
+    def _feed_forward(self, x, mask: Mask, drops: bool) -> tuple[Float[Array, "B T D"], Routing | None]:
         if not self.sparse:
             return self.mlp(x), None
         real = jnp.ones(x.shape[:2], bool) if mask.q_segment_ids is None else jnp.asarray(mask.q_segment_ids) > 0
-        return self.mlp(x, real, drops=past is None)
+        return self.mlp(x, real, drops)
 
 
 def make_norm(config: TextConfig, *, rngs: nnx.Rngs) -> RMSNorm:
@@ -127,17 +133,19 @@ class Transformer(nnx.Module):
         cache: KVCache | None = None,
         remat: Remat = Remat.NONE,
         layers: Sequence[DecoderLayer] | None = None,
+        drops: bool = False,
     ) -> Decoded:
         """All layers and the final norm.
 
         With a cache, T more tokens of each row are written into it; `mask` is then `cache.mask(...)`. `layers` are
-        `self.one_by_one()`: whoever decodes in a loop makes them once, before the loop.
+        `self.one_by_one()`: whoever decodes in a loop makes them once, before the loop. `drops`: experts are bounded
+        by their capacity, which only training asks for.
         """
         angles = self.angles(positions)
         if cache is None:
 
             def body(layer: DecoderLayer, x):
-                x, _, routing = layer(x, angles, mask)
+                x, _, routing = layer(x, angles, mask, drops=drops)
                 return constrain(x, *ACTIVATION), routing
 
             x, found = run(self.layers, self.pattern, body, constrain(x, *ACTIVATION), CHECKPOINT[remat])
@@ -187,9 +195,9 @@ class Transformer(nnx.Module):
         """Causal inside each example of a row."""
         return Mask(causal=True, q_segment_ids=batch.segment_ids, kv_segment_ids=batch.segment_ids)
 
-    def decoded(self, batch: Batch, dtype=jnp.float32, remat: Remat = Remat.NONE) -> Decoded:
+    def decoded(self, batch: Batch, dtype=jnp.float32, remat: Remat = Remat.NONE, drops: bool = False) -> Decoded:
         """Whole rows; packed examples do not see each other."""
-        return self.decoder(self.embed(batch, dtype), batch.positions, self.mask(batch), remat=remat)
+        return self.decoder(self.embed(batch, dtype), batch.positions, self.mask(batch), remat=remat, drops=drops)
 
     def hidden_states(self, batch: Batch, dtype=jnp.float32, remat: Remat = Remat.NONE) -> Float[Array, "B T D"]:
         return self.decoded(batch, dtype, remat).hidden

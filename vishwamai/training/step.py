@@ -86,7 +86,7 @@ def make_trainer(experiment: Experiment, build: Callable[..., nnx.Module], mesh:
 
     def loss(trainable, frozen, batch: Batch, total_weight, total_tokens):
         model = nnx.merge(graph, trainable, frozen)
-        decoded = model.decoded(batch, jnp.dtype(training.dtype.value), training.remat)
+        decoded = model.decoded(batch, jnp.dtype(training.dtype.value), training.remat, drops=True)
         summed, sums = next_token_loss(model, decoded.hidden, batch, z_loss=training.z_loss, chunk=training.loss_chunk)
         mean, routers = summed / total_weight, {}
         if decoded.routing:
