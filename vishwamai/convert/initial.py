@@ -13,6 +13,7 @@ from vishwamai.checkpoint import Deferred
 from vishwamai.checkpoint.layers import unstack
 from vishwamai.config import Config, ConfigError, differences
 from vishwamai.convert.layout import Row
+from vishwamai.convert.mixture_keys import TRAINING
 from vishwamai.convert.parameters import abstract_parameters, deferred_arrays, layer_name, state_path
 from vishwamai.convert.placing import place
 from vishwamai.convert.source import Published, Run, open_source
@@ -28,6 +29,8 @@ _FREE = {
     "vision_feature_layer",
     "pooling",
     "vision_use_head",
+    "router_aux_loss_coef",
+    *TRAINING,
 }
 
 

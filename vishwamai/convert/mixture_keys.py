@@ -9,8 +9,8 @@ CONSTANTS = (
     "num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step",
     "mlp_only_layers", "router_aux_loss_coef",
 )  # fmt: skip
-# Fields that speak of training only: Transformers computes the same model whatever they are.
-_TRAINING = ("aux_loss_scope", "router_z_loss_coef", "capacity_factor", "router_bias_update_rate")
+# Fields that speak of training only and that no config.json has: the same model whatever they are.
+TRAINING = ("aux_loss_scope", "router_z_loss_coef", "capacity_factor", "router_bias_update_rate")
 
 
 def unsupported_mixture(architecture: str, fields: Collection[str]) -> Callable[[TextConfig], list[str]]:
@@ -24,7 +24,7 @@ def unsupported_mixture(architecture: str, fields: Collection[str]) -> Callable[
         return [
             f"model.mixture.{name}={getattr(mixture, name)}: {architecture} has {getattr(plain, name)}"
             for name in MixtureConfig.model_fields
-            if name not in (*fields, *_TRAINING) and getattr(mixture, name) != getattr(plain, name)
+            if name not in (*fields, *TRAINING) and getattr(mixture, name) != getattr(plain, name)
         ]
 
     return find

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from vishwamai import experiment
-from vishwamai.config import ConfigError, read_yaml
+from vishwamai.config import Config, ConfigError, differences, read_yaml
 from vishwamai.convert.folder import CARRIED, NAMES, beside_weights, fresh_folder
+from vishwamai.convert.mixture_keys import TRAINING
 from vishwamai.convert.parameters import Tensors
 from vishwamai.convert.source import Published, Run, open_source
 from vishwamai.convert.weights import SHARD_BYTES, ShardWriter
@@ -80,9 +81,14 @@ def _config(opened: Published | Run, source: dict[str, Any] | None, dtypes: set[
     written = layout.write_config(opened.config)
     if source is None or source["architectures"] != written["architectures"]:
         source = {}
-    same = source and layout.read_config(source) == opened.config
-    config = source if same else _merged(source, written)
+    config = source if source and _same(layout.read_config(source), opened.config) else _merged(source, written)
     return _with_dtype(config, dtypes.pop()) if len(dtypes) == 1 else config
+
+
+def _same(one: Config, other: Config) -> bool:
+    """Whether two configs are of the same model, however it is trained."""
+    keys = differences(one.model_dump(mode="json"), other.model_dump(mode="json"))
+    return all(key.split(".")[-1] in TRAINING for key in keys)
 
 
 def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:

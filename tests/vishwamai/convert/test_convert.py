@@ -116,6 +116,21 @@ def test_a_full_siglip_is_exported_as_its_vision_tower(tmp_path):
     assert not [name for name in read_folder(tmp_path / "back") if not name.startswith("vision_model.")]
 
 
+def test_what_only_training_asks_for_changes_no_config(tmp_path):
+    write_folder(tmp_path / "source", "qwen3_moe")
+    path = tmp_path / "source" / "config.json"
+    source = json.loads(path.read_text())
+    theta = source.pop("rope_parameters")["rope_theta"]  # as older files have it
+    path.write_text(json.dumps({**source, "rope_theta": theta}))
+    from_hf(tmp_path / "source", tmp_path / "run")
+    tree = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    tree["model"]["mixture"] |= {"capacity_factor": 1.25, "router_z_loss_coef": 0.01, "aux_loss_scope": "layer"}
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(tree))
+    to_hf(tmp_path / "run", tmp_path / "back")
+    before, after = ((tmp_path / name / "config.json").read_bytes() for name in ("source", "back"))
+    assert after == before
+
+
 def test_what_a_run_changed_is_updated_and_the_rest_is_kept(tmp_path):
     write_folder(tmp_path / "source", "qwen3", dtype="bfloat16")
     path = tmp_path / "source" / "config.json"

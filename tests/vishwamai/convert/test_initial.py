@@ -37,6 +37,17 @@ def test_a_whole_run_with_another_feature_layer_and_mask(tmp_path):
     np.testing.assert_array_equal(found[name.format("")], np.concatenate(both).astype(np.float32))
 
 
+def test_a_mixture_that_is_trained_in_another_way(tmp_path):
+    parameters, family = make_run(tmp_path / "run", "qwen3_moe"), families.get("qwen3_moe")
+    sparse = MODELS["qwen3_moe"]["mixture"]
+    changes = dict(router_aux_loss_coef=0.1, router_z_loss_coef=0.01, capacity_factor=1.25, aux_loss_scope="layer")
+    other = model_config("qwen3_moe", mixture=sparse | changes)
+    assert_equal(flat(load_parameters(tmp_path / "run", family, other)), flat(parameters))
+    other = model_config("qwen3_moe", mixture=sparse | dict(norm_topk_prob=False))
+    with pytest.raises(ConfigError, match="mixture.norm_topk_prob: the weights have True, the config says False"):
+        load_parameters(tmp_path / "run", family, other)
+
+
 def test_factorised_positions_from_a_run_that_has_them(tmp_path):
     config = model_config("parsit", vision={**MODELS["parsit"]["vision"], "positions": "factorised"})
     parameters = make_run(tmp_path / "run", "parsit", config)
