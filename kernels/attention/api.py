@@ -1,17 +1,13 @@
 """The one entry point for attention: checks what it is given, picks a backend, says once which."""
 
-import functools
-import logging
-
-import jax
 from jaxtyping import Array, Float
 
 from kernels.attention import reference, xla
 from kernels.attention.mask import Mask, check
+from kernels.backends import EVERYWHERE, Backend, choose
 
-logger = logging.getLogger("kernels")
-
-BACKENDS = {"reference": reference.attention, "xla": xla.attention}
+# In order of preference.
+BACKENDS = {"xla": Backend(EVERYWHERE, xla.attention), "reference": Backend((), reference.attention)}
 DTYPES = ("bfloat16", "float32", "float64")
 
 
@@ -39,29 +35,16 @@ def attention(
         backend: "auto", "xla" (blocked: memory grows with T, not T · S) or "reference" (for tests).
 
     Raises:
-        ValueError: shapes that do not fit, an unknown backend, a mask that can't be honoured.
+        ValueError: shapes that do not fit, an unknown backend, or one that can't do what is asked.
         TypeError: q, k and v of different types, or none of bfloat16, float32, float64; masks that are no integers.
     """
     mask = Mask() if mask is None else mask
     _check(q, k, v, mask, logit_softcap, sinks)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    out, lse = BACKENDS[_pick(backend)](q, k, v, mask, scale, logit_softcap, sinks)
+    arguments = q, k, v, mask, scale, logit_softcap, sinks
+    out, lse = choose("attention", BACKENDS, backend, *arguments)(*arguments)
     out = out.astype(q.dtype)
     return (out, lse) if return_lse else out
-
-
-def _pick(backend: str) -> str:
-    if backend == "auto":
-        _say_once(f"attention on {jax.default_backend()}: backend xla, which runs everywhere and honours every mask")
-        return "xla"
-    if backend not in BACKENDS:
-        raise ValueError(f"attention has no backend {backend!r}; there are: auto, {', '.join(sorted(BACKENDS))}")
-    return backend
-
-
-@functools.cache
-def _say_once(message: str) -> None:
-    logger.info(message)
 
 
 def _check(q, k, v, mask: Mask, logit_softcap, sinks) -> None:

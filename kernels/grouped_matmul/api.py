@@ -3,9 +3,11 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kernels.backends import EVERYWHERE, Backend, choose
 from kernels.grouped_matmul import reference, xla
 
-BACKENDS = ("auto", "xla", "reference")
+# In order of preference.
+BACKENDS = {"xla": Backend(EVERYWHERE, xla.grouped_matmul), "reference": Backend((), reference.grouped_matmul)}
 
 
 def grouped_matmul(
@@ -38,8 +40,5 @@ def grouped_matmul(
         )
     if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
         raise TypeError(f"group_sizes must be integers, found {group_sizes.dtype}")
-    if backend not in BACKENDS:
-        raise ValueError(f"grouped_matmul has no backend {backend!r}; there are: {', '.join(BACKENDS)}")
-    if backend == "reference":
-        return reference.grouped_matmul(x, w.swapaxes(1, 2) if transpose_w else w, group_sizes).astype(x.dtype)
-    return xla.grouped_matmul(x, w, group_sizes, transpose_w).astype(x.dtype)
+    arguments = x, w, group_sizes, transpose_w
+    return choose("grouped_matmul", BACKENDS, backend, *arguments)(*arguments).astype(x.dtype)

@@ -4,8 +4,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
-def grouped_matmul(x: Float[Array, "M D"], w: Float[Array, "E D F"], group_sizes: Int[Array, " E"]):
-    """y[m] = x[m] @ w[e] for the group e that row m is in; 0 behind the last group."""
+def grouped_matmul(x: Float[Array, "M D"], w: Float[Array, "E D F"], group_sizes: Int[Array, " E"], turned: bool):
+    """y[m] = x[m] @ w[e] for the group e that row m is in, 0 behind the last group; `turned`: w is E F D."""
+    w = w.swapaxes(1, 2) if turned else w
     ends = jnp.cumsum(group_sizes)
     rows = jnp.arange(x.shape[0])[:, None]
     own = (rows < ends) & (rows >= ends - group_sizes)

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels import Mask, attention
-from kernels.attention import api, xla
+from kernels import Mask, attention, backends
+from kernels.attention import xla
 
 NAMES = ("out", "lse", "d_q", "d_k", "d_v", "d_sinks")
 
@@ -274,7 +274,7 @@ def test_split_over_batch_and_heads_nothing_is_gathered():
 
 
 def test_auto_says_once_what_it_took(caplog):
-    api._say_once.cache_clear()
+    backends._say_once.cache_clear()
     q = np.zeros((1, 4, 2, 8), np.float32)
     with caplog.at_level(logging.INFO, logger="kernels"):
         attention(q, q, q)
@@ -285,7 +285,7 @@ def test_auto_says_once_what_it_took(caplog):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"backend": "flash"}, ValueError, "no backend 'flash'; there are: auto, reference, xla"),
+        ({"backend": "flash"}, ValueError, "no backend 'flash'; there are: auto, xla, reference"),
         ({"k": (1, 4, 3, 8), "v": (1, 4, 3, 8)}, ValueError, "multiple of the key heads"),
         ({"k": (1, 4, 2, 9)}, ValueError, "q and k also H"),
         ({"v": (1, 5, 2, 8)}, ValueError, "k and v also S and K"),
