@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-BLOCK = 256  # rows of one product: enough to be worth the copy of a matrix, few enough to leave little empty
+# Rows of one product: a large group is done in large ones, which are worth the copy of a matrix, its rest in small ones.
+BLOCKS = (1024, 256, 64)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -34,54 +35,72 @@ def _backward(turned, saved, dy):
 grouped_matmul.defvjp(_forward, _backward)
 
 
-def _blocks(rows: int, groups: int) -> int:
-    """Rows of one product: a share of the average group when that is small."""
-    return max(8, min(BLOCK, 2 ** (rows // max(groups, 1)).bit_length()))
-
-
 def _products(x, w, group_sizes, turned):
-    """x[m] @ w[group of m] (or its transpose): rows in float32, behind the last group 0.
-
-    A loop over the blocks that there are: with few rows, few matrices are read.
-    """
-    block = _blocks(x.shape[0], w.shape[0])
+    """x[m] @ w[group of m] (or its transpose): rows in float32, behind the last group 0."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
-    width = w.shape[1] if turned else w.shape[2]
     dimensions = (((1,), (1 if turned else 0,)), ((), ()))
-    padded = jnp.pad(x, ((0, block), (0, 0)))  # a slice at the end must not be moved
-    ends, blocks = jnp.cumsum(group_sizes), jnp.cumsum(-(-group_sizes // block))
 
-    def one_block(i, y):
-        group = jnp.sum(blocks <= i)
-        start = ends[group] - group_sizes[group] + (i - jnp.where(group > 0, blocks[group - 1], 0)) * block
+    def one_block(y, group, rows, own):
         matrix = lax.dynamic_index_in_dim(w, group, keepdims=False).astype(x.dtype)
-        rows = lax.dynamic_slice_in_dim(padded, start, block)
-        product = lax.dot_general(rows, matrix, dimensions, preferred_element_type=wide)
-        # What is written behind a group is overwritten by the next one.
-        product = jnp.where(start + jnp.arange(block)[:, None] < ends[group], product, 0)
-        return lax.dynamic_update_slice_in_dim(y, product, start, 0)
+        product = lax.dot_general(rows(x), matrix, dimensions, preferred_element_type=wide)
+        return rows(y, product if own is None else jnp.where(own, product, rows(y)))
 
-    return lax.fori_loop(0, blocks[-1], one_block, jnp.zeros((x.shape[0] + block, width), wide))[: x.shape[0]]
+    return _over_blocks(one_block, jnp.zeros((x.shape[0], w.shape[1 if turned else 2]), wide), x.shape[0], group_sizes)
 
 
 def _outer(a, b, group_sizes):
     """Sum over the rows of each group of a[m] b[m]^T: E A B in float32; exactly 0 for a group without rows."""
-    block = _blocks(a.shape[0], len(group_sizes))
     wide = jnp.promote_types(a.dtype, jnp.float32)
-    shape, ends = (a.shape[1], b.shape[1]), jnp.cumsum(group_sizes)
-    a, b = (jnp.pad(x, ((0, block), (0, 0))) for x in (a, b))
 
-    def one_group(group, dw):
-        first = ends[group] - group_sizes[group]
+    def one_block(dw, group, rows, own):
+        # Both are cleared: what stands outside the group may be anything, also NaN.
+        pair = (rows(x) if own is None else jnp.where(own, rows(x), 0) for x in (a, b))
+        product = lax.dot_general(*pair, (((0,), (0,)), ((), ())), preferred_element_type=wide)
+        return dw.at[group].add(product)
 
-        def one_block(i, total):
-            start = first + i * block
-            live = start + jnp.arange(block)[:, None] < ends[group]
-            # Both: what stands behind may be anything, also NaN.
-            rows, others = (jnp.where(live, lax.dynamic_slice_in_dim(x, start, block), 0) for x in (a, b))
-            return total + lax.dot_general(rows, others, (((0,), (0,)), ((), ())), preferred_element_type=wide)
+    zeros = jnp.zeros((len(group_sizes), a.shape[1], b.shape[1]), wide)
+    return _over_blocks(one_block, zeros, a.shape[0], group_sizes)
 
-        total = lax.fori_loop(0, -(-group_sizes[group] // block), one_block, jnp.zeros(shape, wide))
-        return lax.dynamic_update_index_in_dim(dw, total, group, 0)
 
-    return lax.fori_loop(0, len(group_sizes), one_group, jnp.zeros((len(group_sizes), *shape), wide))
+def _over_blocks(step, carry, count: int, group_sizes):
+    """`step(carry, group, rows, own)` for every block of the groups' rows: with few rows, few matrices are read.
+
+    `rows(array)` are the block's rows, `rows(array, new)` is the array with others in their place. `own` (block 1) says
+    which of them are the group's; None where all are.
+    """
+    if not count:
+        return carry
+    ends = jnp.cumsum(group_sizes)
+    following = ends - group_sizes  # the row of each group that is next
+    *whole, smallest = _blocks(count, len(group_sizes))
+    for block in whole:
+        blocks = (ends - following) // block
+        carry = _over_equal_blocks(step, carry, count, block, blocks, following, None)
+        following += blocks * block
+    return _over_equal_blocks(step, carry, count, smallest, -(-(ends - following) // smallest), following, ends)
+
+
+def _blocks(count: int, groups: int) -> list[int]:
+    """Sizes that suit the average group."""
+    average = count // groups
+    return [block for block in BLOCKS if block <= 2 * average] or [min(count, max(8, 2 ** average.bit_length()))]
+
+
+def _over_equal_blocks(step, carry, count: int, block: int, blocks, first, ends):
+    """`blocks[e]` steps for group e from row `first[e]`; with `ends`, the last of them may hold rows of others."""
+    until = jnp.cumsum(blocks)
+
+    def one_block(i, carry):
+        group = jnp.sum(until <= i)
+        start = first[group] + (i - until[group] + blocks[group]) * block
+        place = jnp.minimum(start, count - block)  # the last rows make a whole block with those before them
+
+        def rows(array, new=None):
+            if new is None:
+                return lax.dynamic_slice_in_dim(array, place, block)
+            return lax.dynamic_update_slice_in_dim(array, new, place, 0)
+
+        row = place + jnp.arange(block)[:, None]
+        return step(carry, group, rows, None if ends is None else (row >= start) & (row < ends[group]))
+
+    return lax.fori_loop(0, until[-1], one_block, carry)

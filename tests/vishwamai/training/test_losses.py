@@ -120,3 +120,15 @@ def test_logits_of_the_whole_batch_never_exist(source):
     assert largest_of(chunk=3) == 8 * 3 * 64
     assert largest_of(chunk=8) == 8 * 7 * 64  # three equal chunks pad nothing
     assert largest_of(chunk=21) == largest_of(chunk=512) == 8 * 11 * 64  # halves, however short the rows
+
+
+def test_logits_are_made_once_and_a_frozen_table_has_no_gradient(source):
+    batch = source.batch(0)
+    hidden, table = jnp.zeros((*batch.tokens.shape, 6)), jnp.zeros((64, 6))
+
+    def products(**options):
+        gradient = jax.grad(lambda h, w: next_token_loss(Unembed(w), h, batch)[0], **options)
+        return str(jax.make_jaxpr(gradient)(hidden, table)).count("dot_general[")
+
+    assert products(argnums=(0, 1)) == 3  # logits, and by each of the two
+    assert products(argnums=0) == 2
