@@ -52,6 +52,7 @@ setup(
         "test": [
             "pytest>=8",
             "pytest-timeout>=2",
+            "pytest-xdist>=3.5",
             "hypothesis>=6",
             "ruff==0.17.5",
             "import-linter>=2.5",

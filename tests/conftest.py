@@ -12,9 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Before anything touches JAX. A test that wants a GPU says so with JAX_PLATFORMS.
-    if "JAX_PLATFORMS" not in os.environ:
-        jax.config.update("jax_platforms", "cpu")
+    # Before anything touches JAX, and for the processes that tests start. Who wants a GPU says so.
+    jax.config.update("jax_platforms", os.environ.setdefault("JAX_PLATFORMS", "cpu"))
     jax.config.update("jax_num_cpu_devices", 8)
     # Half of the time is LLVM's, for tiny programs that run once. Tests of real processes compile as users do.
     jax.config.update("jax_disable_most_optimizations", True)
