@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-# Rows of one product: a large group is done in large ones, which are worth the copy of a matrix, its rest in small ones.
+# Rows of one product: in a large group, enough to be worth the copy of a matrix; its rest is done in smaller ones.
 BLOCKS = (1024, 256, 64)
 
 
