@@ -83,7 +83,8 @@ def _over_blocks(step, carry, count: int, group_sizes):
 def _blocks(count: int, groups: int) -> list[int]:
     """Sizes that suit the average group."""
     average = count // groups
-    return [block for block in BLOCKS if block <= 2 * average] or [min(count, max(8, 2 ** average.bit_length()))]
+    suitable = [block for block in BLOCKS if block <= min(2 * average, count)]
+    return suitable or [min(count, max(8, 2 ** average.bit_length()))]
 
 
 def _over_equal_blocks(step, carry, count: int, block: int, blocks, first, ends):

@@ -102,7 +102,9 @@ def test_several_tokens_at_a_time_at_every_place_of_the_ring(window, count):
     A row of padding only comes along, and sees nothing.
     """
     rows, length, prompt = 8, 60, 4
-    graph, parameters = split(sliding_window=window, layer_types=(SLIDING, FULL), num_hidden_layers=3)
+    # Weights of half the size: they make rounding larger, not mistakes.
+    changes = dict(layer_types=(SLIDING, FULL), num_hidden_layers=3, initializer_range=0.15)
+    graph, parameters = split(sliding_window=window, **changes)
     random = np.random.default_rng(0)
     texts = random.integers(1, 97, (rows, length))
     padding = np.arange(rows) % prompt  # of each row
