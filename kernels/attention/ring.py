@@ -151,4 +151,6 @@ def _on_this_device(compute, nothing, masks, step: int, axis, mask: Mask, segmen
 def _pass_on(tree, axis, places: int):
     """Everything to the device that stands `places` further on."""
     parts = lax.axis_size(axis)
+    if places == 0:
+        return tree
     return lax.ppermute(tree, axis, [(source, (source + places) % parts) for source in range(parts)])
