@@ -62,7 +62,9 @@ PROGRAMS = {
     "one key": Program((29, 1), (2, 2), (8, 8), Mask(causal=True, q_offset=-3), ("prefix_length",)),
     "static lengths": Program((23, 29), (2, 1), (8, 8), Mask(causal=True, window=3, prefix_length=5, kv_length=11)),
     "prefix": Program((23, 23), (2, 2), (128, 128), Mask(causal=True), ("prefix_length", "q_segment_ids")),
-    "blocks": Program((23, 23), (2, 1), (8, 8), Mask(causal=True, window=3), ("block_ids", "q_segment_ids"), sinks=True),
+    "blocks": Program(
+        (23, 23), (2, 1), (8, 8), Mask(causal=True, window=3), ("block_ids", "q_segment_ids"), sinks=True
+    ),
     "two sides": Program((13, 29), (2, 2), (256, 256), Mask(), ("q_segment_ids", "kv_segment_ids"), 2.0, True),
     "bfloat16": Program((23, 23), (4, 1), (64, 64), Mask(causal=True), ("q_segment_ids",), dtype="bfloat16"),
     "bfloat16, all": Program(
@@ -122,24 +124,20 @@ def segments(length: int):
 
 
 @functools.cache
-def compiled(run: str, name: str):
-    """Output, log-sum-exp and gradients by this backend."""
-    program, (backend, context) = PROGRAMS[name], RUNS[run]
+def compiled(run: str, **options):
+    """What gives output, log-sum-exp and gradients by this backend."""
+    backend, context = RUNS[run]
 
     def everything(qkv, mask, sinks, cotangents):
         def forward(q, k, v, sinks):
-            options = dict(logit_softcap=program.softcap, sinks=sinks, return_lse=True, backend=backend)
-            return attention(q, k, v, mask, **options)
+            return attention(q, k, v, mask, sinks=sinks, return_lse=True, backend=backend, **options)
 
-        outputs, pull = jax.vjp(forward, *qkv, sinks)
-        values = *outputs, *pull(cotangents)
-        return dict(zip(NAMES, values[: 6 if program.sinks else 5], strict=False))
-
-    def traced(*drawn):
         with context():
-            return everything(*drawn)
+            outputs, pull = jax.vjp(forward, *qkv, sinks)
+            values = *outputs, *pull(cotangents)
+        return dict(zip(NAMES, values[: 5 if sinks is None else 6], strict=False))
 
-    return jax.jit(traced)
+    return jax.jit(everything)
 
 
 @pytest.mark.parametrize(("run", "name"), CASES)
@@ -148,8 +146,57 @@ def compiled(run: str, name: str):
 def test_everything_is_as_in_float64(run, name, data):
     program = PROGRAMS[name]
     drawn = data.draw(inputs(program))
-    found = compiled(run, name)(*drawn)
+    found = compiled(run, logit_softcap=program.softcap)(*drawn)
     assert found["out"].dtype == found["d_q"].dtype == program.dtype and found["lse"].dtype == np.float32
     expected = exact(drawn.qkv, drawn.mask, drawn.cotangents, None, program.softcap, drawn.sinks)
     assert_close({"lse": found["lse"]}, {"lse": expected["lse"]}, 1e-5)
     assert_close(found, expected, TOLERANCE[program.dtype])
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_logits_of_ten_thousand(run, sign):
+    # Whole numbers: float32 holds these logits exactly, so that all that differs is the softmax.
+    rng = np.random.default_rng(2)
+    q, k, v, d_out = (rng.standard_normal((1, 21, heads, 4), np.float32) for heads in (4, 2, 2, 4))
+    q, k = np.round(q * 20), np.round(k * 20)
+    q[0, :3], k[0, :3] = 50 * sign, 50
+    assert np.abs(np.einsum("btnh,bsnh->bnts", q[:, :, :2], k)).max() == 10_000
+    drawn = (q, k, v), Mask(causal=True), None, (d_out, d_out[..., 0])
+    expected = exact(drawn[0], drawn[1], drawn[3], scale=1.0)
+    assert_close(compiled(run, scale=1.0)(*drawn), expected, 1e-5)
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize(
+    "mask",
+    [
+        Mask(kv_length=0),
+        Mask(kv_length=np.array([0, 0])),
+        Mask(causal=True, q_offset=-99),
+        Mask(causal=True, q_offset=np.array([-99, -50])),
+        Mask(q_segment_ids=np.zeros((2, 20), int)),
+        Mask(q_segment_ids=np.ones((2, 20), int), kv_segment_ids=np.full((2, 20), 2)),
+    ],
+    ids=["no keys", "no keys, array", "before all", "before all, array", "padding", "other segment"],
+)
+def test_a_row_that_sees_nothing_gives_zero_and_no_gradient(run, mask):
+    rng = np.random.default_rng(4)
+    q, k, v, d_out = (rng.standard_normal((2, 20, heads, 8), np.float32) for heads in (4, 2, 2, 4))
+    found = compiled(run)((q, k, v), mask, None, (d_out, d_out[..., 0]))
+    assert np.isneginf(found.pop("lse")).all()
+    for name, value in found.items():
+        assert not np.asarray(value).any(), name
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_causality_shows_in_the_gradients(run):
+    rng = np.random.default_rng(6)
+    q, k, v = (rng.standard_normal((1, 19, heads, 8), np.float32) for heads in (2, 1, 1))
+    for t in (0, 7, 18):
+        d_out = np.zeros_like(q)
+        d_out[0, t] = 1
+        found = compiled(run)((q, k, v), Mask(causal=True), None, (d_out, d_out[..., 0]))
+        for name in ("d_k", "d_v"):
+            touched = np.abs(found[name][0]).sum((1, 2)) > 0
+            assert touched[: t + 1].all() and not touched[t + 1 :].any(), name
