@@ -61,6 +61,17 @@ def test_auto_takes_it_where_it_compiles_for_a_gpu(cudnn):
         assert "cudnn" not in lowered(Mask(causal=True, q_segment_ids=IDS), gradient=False, backend="auto")
 
 
+def test_split_over_a_mesh_each_device_asks_cudnn(cudnn):
+    device = jax.sharding.AbstractDevice(device_kind="any", num_cores=None, platform="cuda")
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.sharding.AbstractMesh((2, 2), ("data", "tensor"), auto, abstract_device=device)
+    q = jnp.zeros((2, 64, 4, 64), jnp.bfloat16)
+    with jax.sharding.use_abstract_mesh(mesh):
+        split = functools.partial(attention, spec=jax.sharding.PartitionSpec("data", None, "tensor"))
+        jaxpr = str(jax.make_jaxpr(split)(q, q, q))
+    assert "shard_map" in jaxpr and "dot_product_attention" in jaxpr and "bf16[1,64,2,64]" in jaxpr
+
+
 def test_a_row_without_keys_is_never_asked_of_cudnn(cudnn, monkeypatch):
     """It is given one key, and gives 0: shown with XLA in cuDNN's place."""
     real = jax.nn.dot_product_attention
