@@ -21,10 +21,10 @@ from kernels.attention import xla
 
 
 @contextlib.contextmanager
-def small_blocks():
-    """Many pieces, blocks and remainders from little text."""
+def sizes(**constants: int):
+    """The xla backend with other constants."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, size in {"BLOCK_LOGITS": 64, "MIN_BLOCK": 5, "MIN_PIECE": 12}.items():
+        for name, size in constants.items():
             patch.setattr(xla, name, size)
         yield
 
@@ -33,7 +33,9 @@ def small_blocks():
 RUNS = {
     "reference": ("reference", contextlib.nullcontext),
     "xla": ("xla", contextlib.nullcontext),
-    "xla in small blocks": ("xla", small_blocks),
+    # Many pieces, blocks and remainders from little text.
+    "small blocks": ("xla", functools.partial(sizes, BLOCK_LOGITS=64, MIN_BLOCK=5, MIN_PIECE=12)),
+    "a head at a time": ("xla", functools.partial(sizes, TOGETHER=0)),
 }
 
 
@@ -71,9 +73,12 @@ PROGRAMS = {
         (23, 29), (4, 2), (72, 72), Mask(causal=True, window=9), ("q_offset", "kv_length"), 2.0, True, "bfloat16"
     ),
 }
-# In small blocks compile many programs: these are cut in all ways that there are.
-IN_BLOCKS = ("packed", "cached, array", "static lengths", "prefix", "blocks", "two sides", "bfloat16, all")
-CASES = [(run, name) for run in RUNS for name in (IN_BLOCKS if "blocks" in run else PROGRAMS)]
+# These are cut in all ways that there are; each takes long to compile.
+ONLY = {
+    "small blocks": ("packed", "cached, array", "static lengths", "prefix", "blocks", "two sides", "bfloat16, all"),
+    "a head at a time": ("packed", "two sides", "bfloat16, all"),
+}
+CASES = [(run, name) for run in RUNS for name in ONLY.get(run, PROGRAMS)]
 BATCH = 2
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
 

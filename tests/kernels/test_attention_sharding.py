@@ -10,6 +10,7 @@ from attention_in_float64 import NAMES, assert_close, exact
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from kernels import Mask, attention
+from kernels.attention import xla
 
 P = PartitionSpec
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "reduce-scatter", "collective-permute")
@@ -56,7 +57,8 @@ def collectives(program: str) -> set[str]:
 
 
 @pytest.mark.parametrize("spec", [P(("data", "fsdp"), None, "tensor"), None], ids=["spec", "left to XLA"])
-def test_rows_and_heads_are_split_and_nothing_is_gathered(spec):
+def test_rows_and_heads_are_split_and_nothing_is_gathered(spec, monkeypatch):
+    monkeypatch.setattr(xla, "TOGETHER", 0)  # as of a long text: heads come one after the other
     qkv, cotangents = inputs(4)
     mask, lies = Mask(causal=True, q_segment_ids=SEGMENTS, kv_length=LENGTHS), P(("data", "fsdp"), None, "tensor")
     program, found = run(mesh_of(data=2, fsdp=2, tensor=2), spec, qkv, cotangents, mask, lies=lies)
