@@ -165,6 +165,8 @@ def _logits(q, k_rows, mask: Mask, start, piece: Piece, scale, softcap):
     """Logits `B K GR S`; d logit / d (q · k), None where it is 1; and which rows see a key at all, `B 1 GR 1` or
     `1 1 GR 1`, None where all do. A hidden key's logit is nearly -inf.
     """
+    # From here on the mask belongs to this q: JAX would else make it, T x S, ahead of a loop over heads or layers.
+    q, start = lax.optimization_barrier((q, jnp.asarray(start)))
     seen = visible(mask, start, piece.rows, piece.low, piece.high - piece.low)
     if seen is not None:
         seen = jnp.broadcast_to(seen, (seen.shape[0], piece.rows, seen.shape[2]))

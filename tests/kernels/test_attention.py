@@ -73,8 +73,8 @@ def test_32k_tokens_need_no_square_buffer(name):
 
     # The forward is part of it.
     compiled = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(q, kv, kv, mask).compile()
-    one_byte_a_logit = heads * length * length
-    assert compiled.memory_analysis().temp_size_in_bytes < one_byte_a_logit / 8
+    # All of it is less than one T x S array of bytes, for one head.
+    assert compiled.memory_analysis().temp_size_in_bytes < length * length * 3 // 4
 
 
 def test_auto_says_once_what_it_took(caplog):

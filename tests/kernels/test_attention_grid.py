@@ -75,7 +75,7 @@ PROGRAMS = {
 }
 # These are cut in all ways that there are; each takes long to compile.
 ONLY = {
-    "small blocks": ("packed", "cached, array", "static lengths", "prefix", "blocks", "two sides", "bfloat16, all"),
+    "small blocks": ("window, packed", "cached, array", "static lengths", "prefix", "blocks", "two sides", "bfloat16, all"),
     "a head at a time": ("packed", "two sides", "bfloat16, all"),
 }
 CASES = [(run, name) for run in RUNS for name in ONLY.get(run, PROGRAMS)]
