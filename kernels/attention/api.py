@@ -1,13 +1,20 @@
 """The one entry point for attention: checks what it is given, picks a backend, says once which."""
 
+import functools
+
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from kernels.attention import reference, xla
+from kernels.attention import gpu, reference, sharding, xla
 from kernels.attention.mask import Mask, check
 from kernels.backends import EVERYWHERE, Backend, choose
 
 # In order of preference.
-BACKENDS = {"xla": Backend(EVERYWHERE, xla.attention), "reference": Backend((), reference.attention)}
+BACKENDS = {
+    "cudnn": Backend(("gpu",), gpu.attention, gpu.refusal),
+    "xla": Backend(EVERYWHERE, xla.attention),
+    "reference": Backend((), reference.attention),
+}
 DTYPES = ("bfloat16", "float32", "float64")
 
 
@@ -21,6 +28,7 @@ def attention(
     sinks: Float[Array, " N"] | None = None,
     return_lse: bool = False,
     backend: str = "auto",
+    spec: PartitionSpec | None = None,
 ) -> Float[Array, "B T N V"] | tuple[Float[Array, "B T N V"], Float[Array, "B T N"]]:
     """Softmax attention with grouped heads: query head n reads key head n // (N / K), keys are never repeated.
 
@@ -32,19 +40,29 @@ def attention(
         logit_softcap: c gives c · tanh(logit / c), after the scale (Gemma 2, arXiv 2408.00118).
         sinks: one logit per head that joins the softmax and carries no value (attention sinks, arXiv 2309.17453).
         return_lse: also give the log of the softmax's denominator, sinks included; -inf where there is none.
-        backend: "auto", "xla" (blocked: memory grows with T, not T · S) or "reference" (for tests).
+        backend: "auto", "cudnn" (GPU), "xla" (blocked: memory grows with T, not T · S) or "reference" (for tests).
+        spec: how B, T and N of q lie on the mesh in context, as PartitionSpec(("data", "fsdp"), "context", "tensor");
+            k, v and the mask lie accordingly and nothing is gathered. An axis for T makes a ring (`ring.py`), which
+            needs T = S. None leaves it to XLA, which can't split a Pallas kernel.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown backend, or one that can't do what is asked.
+        ValueError: shapes that do not fit, an unknown backend, one that can't do what is asked, or a spec that does
+            not fit the mesh or the shapes.
         TypeError: q, k and v of different types, or none of bfloat16, float32, float64; masks that are no integers.
     """
     mask = Mask() if mask is None else mask
     _check(q, k, v, mask, logit_softcap, sinks)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     arguments = q, k, v, mask, scale, logit_softcap, sinks
-    out, lse = choose("attention", BACKENDS, backend, *arguments)(*arguments)
+    run = functools.partial(_run, backend)
+    out, lse = run(*arguments) if spec is None else sharding.over_mesh(run, spec, *arguments)
     out = out.astype(q.dtype)
     return (out, lse) if return_lse else out
+
+
+def _run(backend: str, *arguments):
+    """On one device, whose share of the arguments decides the backend."""
+    return choose("attention", BACKENDS, backend, *arguments)(*arguments)
 
 
 def _check(q, k, v, mask: Mask, logit_softcap, sinks) -> None:

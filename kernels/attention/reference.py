@@ -36,5 +36,7 @@ def attention(
     total = jnp.sum(weights, axis=-1, keepdims=True)
     probabilities = jnp.where(total > 0, weights / jnp.where(total > 0, total, 1), 0)[..., :num_keys]
     out = jnp.einsum("bnts,bsnh->btnh", probabilities, v, precision="highest")
+    if seen is not None:  # 0 already; but a NaN that flows back into such a row must end here
+        out = jnp.where(jnp.any(seen, axis=-1)[:, :, None, None], out, 0)
     lse = jnp.where(total > 0, top + jnp.log(jnp.where(total > 0, total, 1)), -jnp.inf)[..., 0]
     return out, lse.transpose(0, 2, 1)

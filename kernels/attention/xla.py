@@ -3,6 +3,9 @@
 The maths is FlashAttention-2's (arXiv 2307.08691, algorithms 1 and 2), a block of queries at a time against whole
 rows of keys. Shape letters inside: G query heads that share a key head, R rows of a block (GR flattened in products).
 
+Long texts take one key head after the other: a block then holds more of its queries, so that d_k and d_v are added to
+less often, and stays in the cache (T = 2048, 16 heads of 128: 2.0 times as fast with a causal mask, 1.3 without).
+
 Two things are as they are for XLA's CPU compiler. It makes one loop of product, softmax and product, logits never
 leaving the cache, if each value inside has one reader and none is a select: so the mask is added, each layer widens it
 to all heads for itself, the scale is in q, the backward normalises anew rather than read saved maxima, and the
@@ -19,6 +22,7 @@ from jax import lax
 
 from kernels.attention.mask import Mask, clear_padding, key_range, visible
 
+TOGETHER = 8 * 1024 * 1024  # logits in all; of more, one key head's after the other's are made
 BLOCK_LOGITS = 4 * 1024 * 1024  # logits that exist at once: 16 MiB in float32
 MIN_BLOCK = 16  # rows, however many keys there are
 MAX_PIECES = 8  # a causal mask then costs 1/2 + 1/16 of the full one; each piece is compiled by itself
@@ -51,9 +55,26 @@ def plan(batch_heads: int, num_queries: int, num_keys: int, mask: Mask) -> list[
     return pieces
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def attention(q, k, v, mask: Mask, scale: float, logit_softcap: float | None, sinks):
     """As `reference.attention`; memory grows with T + S, forward and backward."""
+    batch, num_queries, num_heads, _ = q.shape
+    num_keys, num_kv_heads = k.shape[1:3]
+    if batch * num_heads * num_queries * num_keys <= TOGETHER or num_kv_heads == 1 or _left_to_xla():
+        return _attention(q, k, v, mask, scale, logit_softcap, sinks)
+    heads = [jnp.moveaxis(x.reshape(*x.shape[:2], num_kv_heads, -1, x.shape[-1]), 2, 0) for x in (q, k, v)]
+    heads.append(None if sinks is None else sinks.reshape(num_kv_heads, -1))
+    out, lse = lax.map(lambda x: _attention(*x[:3], mask, scale, logit_softcap, x[3]), tuple(heads))
+    return tuple(jnp.moveaxis(x, 0, 2).reshape(*q.shape[:3], *x.shape[4:]) for x in (out, lse))
+
+
+def _left_to_xla() -> bool:
+    """Whether XLA splits this over a mesh: it would gather heads to take them one after the other."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return any(mesh.shape[name] > 1 for name in mesh.auto_axes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attention(q, k, v, mask: Mask, scale: float, logit_softcap: float | None, sinks):
     return _forward(q, k, v, mask, scale, logit_softcap, sinks)[0]
 
 
@@ -132,7 +153,7 @@ def _backward(scale, softcap, saved, cotangents):
     return _ungroup(d_q), d_k, d_v, None, None if sinks is None else sums[2].astype(sinks.dtype)
 
 
-attention.defvjp(_forward, _backward)
+_attention.defvjp(_forward, _backward)
 
 
 def _fold(q, scale: float) -> tuple[jax.Array, float, float]:
@@ -144,6 +165,8 @@ def _logits(q, k_rows, mask: Mask, start, piece: Piece, scale, softcap):
     """Logits `B K GR S`; d logit / d (q · k), None where it is 1; and which rows see a key at all, `B 1 GR 1` or
     `1 1 GR 1`, None where all do. A hidden key's logit is nearly -inf.
     """
+    # From here on the mask belongs to this q: JAX would else make it, T x S, ahead of a loop over heads or layers.
+    q, start = lax.optimization_barrier((q, jnp.asarray(start)))
     seen = visible(mask, start, piece.rows, piece.low, piece.high - piece.low)
     if seen is not None:
         seen = jnp.broadcast_to(seen, (seen.shape[0], piece.rows, seen.shape[2]))

@@ -1,0 +1,138 @@
+"""Attention split over 8 simulated devices by rows, heads and text: what one device gives, and nothing is gathered."""
+
+import functools
+import re
+
+import jax
+import numpy as np
+import pytest
+from attention_in_float64 import NAMES, assert_close, exact
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from kernels import Mask, attention
+from kernels.attention import xla
+
+P = PartitionSpec
+COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "reduce-scatter", "collective-permute")
+B, T, N, H = 4, 48, 8, 6
+LENGTHS = np.array([48, 29, 0, 5])
+SEGMENTS = np.repeat([[1, 1, 2, 0], [1, 2, 3, 4], [0, 0, 0, 0], [5, 5, 5, 5]], T // 4, axis=1)
+
+
+def inputs(kv_heads: int):
+    rng = np.random.default_rng(0)
+    shapes = (B, T, N, H), (B, T, kv_heads, H), (B, T, kv_heads, H), (B, T, N, H), (B, T, N)
+    q, k, v, d_out, d_lse = (rng.standard_normal(shape).astype(np.float32) for shape in shapes)
+    return (q, k, v), (d_out, d_lse)
+
+
+def mesh_of(**axes: int):
+    # Newer JAX makes explicit axes unless told otherwise; ours are Auto, as the trainer's are.
+    return jax.make_mesh(tuple(axes.values()), tuple(axes), (AxisType.Auto,) * len(axes))
+
+
+def run(mesh, spec, qkv, cotangents, mask=None, sinks=None, lies=None):
+    """The program, and the output, log-sum-exp and gradients that it gives; arguments lie as `lies` (`spec`) says."""
+    mask = Mask() if mask is None else mask
+    rows, text, heads = (*(lies or spec), None, None)[:3]
+    forward = functools.partial(attention, return_lse=True, spec=spec)
+
+    def everything(qkv, cotangents, mask, sinks):
+        outputs, pull = jax.vjp(lambda q, k, v, sinks: forward(q, k, v, mask, sinks=sinks), *qkv, sinks)
+        return *outputs, *pull(cotangents)[: 3 if sinks is None else 4]
+
+    queries, own_keys = P(rows, text, heads), qkv[1].shape[2] % (mesh.shape[heads] if heads else 1) == 0
+    keys = queries if own_keys else P(rows, text)
+    of_mask = jax.tree.map(lambda x: P(*(rows, text)[: x.ndim]), mask)
+    layout = (queries, keys, keys), (queries, queries), of_mask, None if sinks is None else P(heads)
+    layout = jax.tree.map(functools.partial(NamedSharding, mesh), layout)
+    arguments = jax.device_put((qkv, cotangents, mask, sinks), layout)
+    with jax.set_mesh(mesh):
+        program = jax.jit(everything).lower(*arguments).compile()
+    return program.as_text(), dict(zip(NAMES, program(*arguments), strict=False))
+
+
+def collectives(program: str) -> set[str]:
+    return {name for name in COLLECTIVES if re.search(rf"\b{name}(-start)?\(", program)}
+
+
+@pytest.mark.parametrize("spec", [P(("data", "fsdp"), None, "tensor"), None], ids=["spec", "left to XLA"])
+def test_rows_and_heads_are_split_and_nothing_is_gathered(spec, monkeypatch):
+    monkeypatch.setattr(xla, "TOGETHER", 0)  # as of a long text: heads come one after the other
+    qkv, cotangents = inputs(4)
+    mask, lies = Mask(causal=True, q_segment_ids=SEGMENTS, kv_length=LENGTHS), P(("data", "fsdp"), None, "tensor")
+    program, found = run(mesh_of(data=2, fsdp=2, tensor=2), spec, qkv, cotangents, mask, lies=lies)
+    assert not collectives(program)
+    assert_close(found, exact(qkv, mask, cotangents), 1e-5)
+
+
+def test_fewer_key_heads_than_devices():
+    (qkv, cotangents), sinks = inputs(2), np.linspace(-1, 1, N, dtype=np.float32)
+    program, found = run(mesh_of(data=2, tensor=4), P("data", None, "tensor"), qkv, cotangents, sinks=sinks)
+    assert collectives(program) == {"all-reduce"}  # of d_k, d_v, d_sinks: many devices read a key head
+    assert_close(found, exact(qkv, Mask(), cotangents, sinks=sinks), 1e-5)
+
+
+RINGS = {
+    "full": Mask(),
+    "causal": Mask(causal=True),
+    "packed": Mask(causal=True, q_segment_ids=SEGMENTS),
+    "window": Mask(causal=True, window=14),
+    "prefix, lengths": Mask(causal=True, prefix_length=np.array([3, 13, 0, 40]), kv_length=LENGTHS),
+    "window, all": Mask(causal=True, window=9, prefix_length=2, kv_length=45, q_segment_ids=SEGMENTS),
+    "both ways, packed": Mask(q_segment_ids=SEGMENTS, kv_segment_ids=SEGMENTS[:, ::-1].copy()),
+}
+
+
+@pytest.mark.parametrize("name", RINGS)
+def test_a_ring_over_the_text_is_the_whole_text(name):
+    (qkv, cotangents), mask = inputs(4), RINGS[name]
+    q, k, v = (x.copy() for x in qkv)
+    sinks = np.linspace(-1, 1, N, dtype=np.float32) if name == "packed" else None
+    if mask.q_segment_ids is not None:  # padding holds NaN, and is told NaN
+        padding = mask.q_segment_ids == 0
+        q[padding], cotangents[0][padding] = np.nan, np.nan
+        k[mask.key_segments == 0], v[mask.key_segments == 0] = np.nan, np.nan
+    program, found = run(mesh_of(tensor=2, context=4), P(None, "context", "tensor"), (q, k, v), cotangents, mask, sinks)
+    assert collectives(program) == {"collective-permute"} | (set() if sinks is None else {"all-reduce"})
+    assert not re.search(rf"[\[,]{T}[\],]", program)  # nothing is as long as the text
+    assert_close(found, exact(qkv, mask, cotangents, sinks=sinks), 1e-5)
+
+
+def test_a_ring_goes_no_further_than_the_window():
+    (q, k, v), _ = inputs(4)
+
+    def steps(window):
+        run = functools.partial(attention, mask=Mask(causal=True, window=window), spec=P(None, "context"))
+        back = jax.grad(lambda *qkv: run(*qkv).sum(), (0, 1, 2))
+        return str(jax.make_jaxpr(run)(q, k, v)).count("ppermute"), str(jax.make_jaxpr(back)(q, k, v)).count("ppermute")
+
+    with jax.set_mesh(mesh_of(context=8)):  # parts of 6: from a window of 2 on, the part before is seen, from 8 on two
+        one, two, seven, eight, thirteen = (steps(window) for window in (1, 2, 7, 8, 13))
+    assert one == (0, 0) and (0, 0) < two == seven < eight == thirteen
+
+
+@pytest.mark.parametrize(
+    ("axes", "spec", "shape", "options", "message"),
+    [
+        ({"data": 8}, P("data"), (4, 8, 2, 8), {}, "B = 4 is not divisible by the 8 devices"),
+        ({"data": 8}, P("rows"), (8, 8, 2, 8), {}, r"no axes \['rows'\]; it has {'data': 8}"),
+        ({"tensor": 4}, P(None, None, "tensor"), (1, 8, 12, 8), {"kv_heads": 6}, "6 key heads can't be split over"),
+        ({"context": 2}, P(None, "context"), (1, 8, 2, 8), {"mask": Mask(causal=True, q_offset=1)}, "q_offset=1"),
+        ({"context": 2}, P(None, "context"), (1, 8, 2, 8), {"keys": 6}, "found 8 queries, 6 keys"),
+        ({"context": 2}, P(None, "context"), (2, 8, 2, 8),
+         {"mask": Mask(causal=True, block_ids=SEGMENTS[:2, :8])}, "block_ids can't be honoured where the text is"),
+    ],
+)  # fmt: skip
+def test_what_can_not_be_split_is_refused(axes, spec, shape, options, message):
+    rows, length, heads, width = shape
+    k = np.zeros((rows, options.get("keys", length), options.get("kv_heads", heads), width), np.float32)
+    with jax.set_mesh(mesh_of(**axes)), pytest.raises(ValueError, match=message):
+        attention(np.zeros(shape, np.float32), k, k, options.get("mask"), spec=spec)
+
+
+def test_a_mesh_of_one_device_splits_nothing():
+    (q, k, v), _ = inputs(4)
+    with jax.set_mesh(jax.make_mesh((1,), ("data",), (AxisType.Auto,), devices=jax.devices()[:1])):
+        jaxpr = jax.make_jaxpr(functools.partial(attention, spec=P("data")))(q, k, v)
+    assert "shard_map" not in str(jaxpr)
