@@ -1,13 +1,25 @@
 """The one entry point for products of sorted rows with one matrix per group."""
 
+import importlib
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels.backends import EVERYWHERE, Backend, choose
 from kernels.grouped_matmul import reference, xla
 
+
+def _tpu(name: str):
+    """A function of the TPU backend, which is imported when it is first asked: Pallas takes a second."""
+    return lambda *arguments: getattr(importlib.import_module("kernels.grouped_matmul.tpu.backend"), name)(*arguments)
+
+
 # In order of preference.
-BACKENDS = {"xla": Backend(EVERYWHERE, xla.grouped_matmul), "reference": Backend((), reference.grouped_matmul)}
+BACKENDS = {
+    "tpu": Backend(("tpu",), _tpu("grouped_matmul"), _tpu("refusal")),
+    "xla": Backend(EVERYWHERE, xla.grouped_matmul),
+    "reference": Backend((), reference.grouped_matmul),
+}
 
 
 def grouped_matmul(
@@ -25,7 +37,8 @@ def grouped_matmul(
 
     Args:
         transpose_w: w is E F D, and its matrices are used transposed.
-        backend: "auto", "xla" (blocks of rows: work grows with the rows there are) or "reference" (for tests).
+        backend: "auto", "tpu" (Pallas: bfloat16 or float32 rows), "xla" (blocks of rows: work grows with the rows
+            there are) or "reference" (for tests).
 
     Raises:
         ValueError: shapes that do not fit, or an unknown backend.

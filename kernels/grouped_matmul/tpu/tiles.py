@@ -1,0 +1,74 @@
+"""Block sizes that fit the chip's memory, with little waste where one group ends and the next begins."""
+
+from typing import NamedTuple
+
+from jax.experimental.pallas import tpu as pltpu
+
+ALIGNMENT = 16  # rows: what a register of bfloat16 holds
+LARGEST = 1024  # rows in memory at once: fewer steps, but more to wait for before the first
+
+
+class Chip(NamedTuple):
+    matrix_unit: int  # its width: products of fewer rows leave it waiting for matrices
+    memory: int  # bytes of VMEM
+    cores: int  # that share one program
+
+
+def this_chip() -> Chip:
+    info = pltpu.get_tpu_info()
+    return Chip(info.mxu_column_size, info.vmem_capacity_bytes, info.num_cores)
+
+
+class Tiles(NamedTuple):
+    rows: int  # read at once
+    product: int  # rows of one product; what is left over takes half of that if it fits
+    columns: int
+    inner: int = 0  # of an outer product's left side
+
+
+def round_up(number: int, unit: int) -> int:
+    return -(-number // unit) * unit
+
+
+def _row_tiles(rows: int, groups: int, chip: Chip) -> tuple[list[int], int]:
+    """Tiles to try, and the rows of a product: its half is at most a quarter of the average group."""
+    product = 2 * ALIGNMENT
+    while product < chip.matrix_unit and 4 * product <= rows // groups:
+        product *= 2
+    tiles = [min(tile, round_up(rows, product)) for tile in (LARGEST, LARGEST // 2, LARGEST // 4)]
+    return tiles, product
+
+
+def _splits(width: int, fewest: int = 1) -> list[int]:
+    """Widths of equal parts, the widest first; multiples of 128, or everything."""
+    parts = [width] if fewest == 1 else []
+    return parts + [round_up(-(-width // n), 128) for n in range(max(2, fewest), -(-width // 128) + 1)] or [width]
+
+
+def for_products(rows, inner, width, groups, x_bytes, w_bytes, chip: Chip) -> Tiles | None:
+    """Tiles of x @ w, w whole if it can be: x is read once for each of its parts. None: nothing fits."""
+    tiles, product = _row_tiles(rows, groups, chip)
+    for columns in _splits(width, chip.cores if width >= 256 * chip.cores else 1):
+        for tile in tiles:
+            widened = inner * columns * x_bytes if w_bytes != x_bytes else 0
+            moved = 2 * (tile * inner * x_bytes + inner * columns * w_bytes + tile * columns * x_bytes)
+            if _fits(moved + widened + 2 * product * columns * 4, chip):
+                return Tiles(tile, product, columns)
+    return None
+
+
+def for_outer(rows, left, right, groups, x_bytes, w_bytes, chip: Chip) -> Tiles | None:
+    """Tiles of a^T b, with the least to read: a is read once for each part of b and the other way round."""
+    tiles, product = _row_tiles(rows, groups, chip)
+    cores = chip.cores if left >= 256 * chip.cores else 1
+    pairs = [(a, b) for a in _splits(left, cores) for b in _splits(right)]
+    for inner, columns in sorted(pairs, key=lambda p: -(-left // p[0]) * right + -(-right // p[1]) * left):
+        for tile in tiles:
+            moved = 2 * (tile * (inner + columns) * x_bytes + inner * columns * w_bytes)
+            if _fits(moved + 2 * inner * columns * 4, chip):
+                return Tiles(tile, product, columns, inner)
+    return None
+
+
+def _fits(size: int, chip: Chip) -> bool:
+    return size <= chip.memory * 5 // 8
