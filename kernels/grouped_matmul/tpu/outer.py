@@ -6,9 +6,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.grouped_matmul.tpu.products import precision
+from kernels.grouped_matmul.tpu.products import loop, precision
 from kernels.grouped_matmul.tpu.tiles import ALIGNMENT, Tiles
 from kernels.grouped_matmul.tpu.visits import of_groups
+
+SUM_OF_ROWS = ((0,), (0,)), ((), ())
 
 
 def outer(a, b, group_sizes, dtype, tiles: Tiles, memory: int, interpret: bool = False):
@@ -27,10 +29,19 @@ def outer(a, b, group_sizes, dtype, tiles: Tiles, memory: int, interpret: bool =
             total[...] = jnp.zeros_like(total)
 
         def product(at, clean):
-            sides = clean(a[at]), clean(b[at])
-            total[...] += lax.dot_general(
-                *sides, (((0,), (0,)), ((), ())), precision=precision(a.dtype), preferred_element_type=jnp.float32
-            )
+            right = clean(b[at])
+
+            def some_of_left(n):
+                some = pl.ds(n * tiles.part, tiles.part)
+                total[some] += lax.dot_general(
+                    clean(a[at, some]),
+                    right,
+                    SUM_OF_ROWS,
+                    precision=precision(a.dtype),
+                    preferred_element_type=jnp.float32,
+                )
+
+            loop(tiles.inner // tiles.part, some_of_left)
 
         def one(i, _):
             wanted = begin + i * tiles.product

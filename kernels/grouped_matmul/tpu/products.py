@@ -15,6 +15,11 @@ def precision(dtype) -> lax.Precision:
     return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
 
 
+def loop(count: int, body) -> None:
+    """`body(i)` for each i; without a loop if there is one, so that its i is known."""
+    body(0) if count == 1 else lax.fori_loop(0, count, lambda i, _: body(i), None)
+
+
 def products(x, w, group_sizes, turned: bool, tiles: Tiles, memory: int, interpret: bool = False):
     """x[m] @ w[group of m] (`turned`: w is E F D) in x's type; 0 behind the last group."""
     rows, inner = x.shape
@@ -37,12 +42,21 @@ def products(x, w, group_sizes, turned: bool, tiles: Tiles, memory: int, interpr
             """Of `size` rows from `first`, or from earlier where the tile ends: those are computed once more."""
             first = pl.multiple_of(jnp.minimum(first, tiles.rows - size), ALIGNMENT)
             at = pl.ds(first, size)
-            found = lax.dot_general(
-                x[at], w[...], contract, precision=precision(x.dtype), preferred_element_type=jnp.float32
-            )
-            row = first + lax.broadcasted_iota(jnp.int32, found.shape, 0)
-            mine = (row >= low) & (row < high)
-            y[at] = jnp.where(mine, found, y[at].astype(jnp.float32)).astype(y.dtype)
+
+            def some_columns(n):
+                columns = pl.ds(n * tiles.part, tiles.part)
+                found = lax.dot_general(
+                    x[at],
+                    w[columns, :] if turned else w[:, columns],
+                    contract,
+                    precision=precision(x.dtype),
+                    preferred_element_type=jnp.float32,
+                )
+                row = first + lax.broadcasted_iota(jnp.int32, found.shape, 0)
+                mine = (row >= low) & (row < high)
+                y[at, columns] = jnp.where(mine, found, y[at, columns].astype(jnp.float32)).astype(y.dtype)
+
+            loop(tiles.columns // tiles.part, some_columns)
 
         begin = low // ALIGNMENT * ALIGNMENT
         length = jnp.maximum(high - begin, 0)

@@ -6,6 +6,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 ALIGNMENT = 16  # rows: what a register of bfloat16 holds
 LARGEST = 1024  # rows in memory at once: fewer steps, but more to wait for before the first
+UNROLLED = 2**29  # multiplications of a product that is written out: compile time grows with them
 
 
 class Chip(NamedTuple):
@@ -22,8 +23,9 @@ def this_chip() -> Chip:
 class Tiles(NamedTuple):
     rows: int  # read at once
     product: int  # rows of one product; what is left over takes half of that if it fits
+    inner: int
     columns: int
-    inner: int = 0  # of an outer product's left side
+    part: int  # of the columns (of an outer product: of the inner ones) that one product takes
 
 
 def round_up(number: int, unit: int) -> int:
@@ -45,6 +47,12 @@ def _splits(width: int, fewest: int = 1) -> list[int]:
     return parts + [round_up(-(-width // n), 128) for n in range(max(2, fewest), -(-width // 128) + 1)] or [width]
 
 
+def _part(width: int, others: int, chip: Chip) -> int:
+    """The widest of equal parts whose product is not too long a program; all where there are no equal ones."""
+    parts = [width // n for n in range(1, width // chip.matrix_unit + 1) if width % (n * chip.matrix_unit) == 0]
+    return next((part for part in parts if part * others <= UNROLLED), parts[-1] if parts else width)
+
+
 def for_products(rows, inner, width, groups, x_bytes, w_bytes, chip: Chip) -> Tiles | None:
     """Tiles of x @ w, w whole if it can be: x is read once for each of its parts. None: nothing fits."""
     tiles, product = _row_tiles(rows, groups, chip)
@@ -53,7 +61,8 @@ def for_products(rows, inner, width, groups, x_bytes, w_bytes, chip: Chip) -> Ti
             widened = inner * columns * x_bytes if w_bytes != x_bytes else 0
             moved = 2 * (tile * inner * x_bytes + inner * columns * w_bytes + tile * columns * x_bytes)
             if _fits(moved + widened + 2 * product * columns * 4, chip):
-                return Tiles(tile, product, columns)
+                passes = 6 if x_bytes == 4 else 1  # float32 in pieces of bfloat16
+                return Tiles(tile, product, inner, columns, _part(columns, product * inner * passes, chip))
     return None
 
 
@@ -66,7 +75,8 @@ def for_outer(rows, left, right, groups, x_bytes, w_bytes, chip: Chip) -> Tiles 
         for tile in tiles:
             moved = 2 * (tile * (inner + columns) * x_bytes + inner * columns * w_bytes)
             if _fits(moved + 2 * inner * columns * 4, chip):
-                return Tiles(tile, product, columns, inner)
+                passes = 6 if x_bytes == 4 else 1
+                return Tiles(tile, product, inner, columns, _part(inner, product * columns * passes, chip))
     return None
 
 
