@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels.grouped_matmul.quantized import Quantized
 from kernels.grouped_matmul.tpu import backend, tiles, visits
 
 CHIP = tiles.Chip(matrix_unit=128, memory=64 << 20, cores=1)
@@ -86,15 +87,41 @@ def test_few_rows(rows):
 
 def test_a_matrix_in_parts():
     """Too wide for the memory: columns of y and both sides of the matrices' gradient come in parts."""
-    small = tiles.Chip(matrix_unit=128, memory=1 << 20, cores=1)
+    small = tiles.Chip(matrix_unit=128, memory=1_200_000, cores=1)
     assert tiles.for_products(60, 300, 290, 3, 4, 4, small).columns == 128
     outer = tiles.for_outer(60, 300, 290, 3, 4, 4, small)
-    assert outer.inner < 300 or outer.columns < 290
+    assert outer.inner == 128 and outer.columns == 256
     check([20, 0, 33], 60, 300, 290, chip=small)
 
 
 def test_bfloat16_is_summed_in_float32():
     check([300, 0, 41], 344, 512, 8, dtype=jnp.bfloat16, limit=6e-3)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_quantized_matrices(dtype, turned):
+    """As the same matrices widened before: forward and the gradient to the rows; none to the matrices."""
+    draw, sizes = np.random.default_rng(0), jnp.array([20, 0, 33])
+    x, dy = (jnp.asarray(draw.normal(size=(60, n)), jnp.float32) for n in (9, 290))
+    values = jnp.asarray(draw.integers(-99, 99, (3, 290, 9) if turned else (3, 9, 290))).astype(dtype)
+    w = Quantized(values, jnp.asarray(draw.uniform(0.1, 1, (3, 290)), jnp.float32))
+    small = tiles.Chip(matrix_unit=128, memory=340_000, cores=1)
+    assert tiles.for_products(60, 9, 290, 3, 4, 1, small).columns == 128, "scales come in parts too"
+    y, back = jax.vjp(lambda x: backend.grouped_matmul(x, w, sizes, turned, small, True), x)
+    wide = np.swapaxes(w.values, 1, 2) if turned else w.values
+    true = expected(x, float64(wide) * float64(w.scales)[:, None], sizes, dy)
+    for got, want in zip((y, *back(dy)), true[:2], strict=True):
+        assert np.abs(float64(got) - want).max() <= 1e-5 * np.abs(want).max()
+
+
+def test_matrices_of_another_type_than_the_rows():
+    draw, sizes = np.random.default_rng(0), jnp.array([20, 0, 33])
+    x, w = jnp.asarray(draw.normal(size=(60, 9)), jnp.bfloat16), jnp.asarray(draw.normal(size=(3, 9, 5)), jnp.float32)
+    y, dx, dw = run(x, w, sizes, jnp.ones((60, 5), jnp.bfloat16), False, CHIP)
+    assert (y.dtype, dx.dtype, dw.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
+    for got, want in zip((y, dx, dw), expected(x, w, sizes, np.ones((60, 5))), strict=True):
+        assert np.abs(float64(got) - want).max() <= 1e-2 * np.abs(want).max()
 
 
 @settings(max_examples=60, deadline=None)
@@ -123,8 +150,15 @@ def test_half_a_product_is_at_most_a_quarter_of_the_average_group(average):
     assert found.rows % found.product == 0
 
 
-def test_what_it_refuses():
+def test_what_it_refuses(monkeypatch):
     x, w, sizes = jnp.zeros((4, 3)), jnp.zeros((2, 3, 5)), jnp.array([2, 2])
+    assert backend.refusal(x, w, sizes, False) == "it is for TPUs, not for cpu"
+    monkeypatch.setattr(backend, "target", lambda: "tpu")
+    monkeypatch.setattr(tiles, "this_chip", lambda: CHIP)
     assert backend.refusal(x, w, sizes, False) is None
+    assert backend.refusal(x, Quantized(w.astype(jnp.int8), jnp.ones(())), sizes, False) is None
     assert "found float16" in backend.refusal(x.astype(jnp.float16), w, sizes, False)
+    assert "or quantized, found int8" in backend.refusal(x, w.astype(jnp.int8), sizes, False)
     assert "found x (0, 3)" in backend.refusal(x[:0], w, sizes, False)
+    wide = jax.ShapeDtypeStruct((2, 10**6, 5), jnp.float32)
+    assert "more memory" in backend.refusal(jax.ShapeDtypeStruct((4, 10**6), jnp.float32), wide, sizes, False)

@@ -20,15 +20,22 @@ def loop(count: int, body) -> None:
     body(0) if count == 1 else lax.fori_loop(0, count, lambda i, _: body(i), None)
 
 
-def products(x, w, group_sizes, turned: bool, tiles: Tiles, memory: int, interpret: bool = False):
-    """x[m] @ w[group of m] (`turned`: w is E F D) in x's type; 0 behind the last group."""
+def products(x, w, scales, group_sizes, turned: bool, tiles: Tiles, memory: int, interpret: bool = False):
+    """x[m] @ w[group of m] (`turned`: w is E F D) in x's type; 0 behind the last group.
+
+    scales: None, or factors of w with one of its two sides 1. Scaled, or of another type than x, a group's matrix is
+    brought into x's type once, when its turn comes.
+    """
     rows, inner = x.shape
     width = w.shape[1] if turned else w.shape[2]
     visits = of_tiles(group_sizes, rows, tiles.rows)
-    block = (None, tiles.columns, inner) if turned else (None, inner, tiles.columns)
+    block = (tiles.columns, inner) if turned else (inner, tiles.columns)
     contract = ((1,), (1 if turned else 0,)), ((), ())
+    factors = () if scales is None else (scales,)
+    widened = bool(factors) or w.dtype != x.dtype
 
-    def kernel(tile, group, ends, x, w, y):
+    def kernel(tile, group, ends, x, w, *others):
+        *factors, y = others[: len(others) - widened]
         step = pl.program_id(1)
         mine, top = group[step], tile[step] * tiles.rows
         start = jnp.where(mine > 0, ends[jnp.maximum(mine - 1, 0)], 0) - top
@@ -37,6 +44,16 @@ def products(x, w, group_sizes, turned: bool, tiles: Tiles, memory: int, interpr
         @pl.when((step == 0) | (tile[jnp.maximum(step - 1, 0)] != tile[step]))
         def _():
             y[...] = jnp.zeros_like(y)
+
+        matrix = others[-1] if widened else w
+        if widened:
+
+            @pl.when((step == 0) | (group[jnp.maximum(step - 1, 0)] != mine))
+            def _():
+                wide = w[...].astype(jnp.float32)
+                for factor in factors:
+                    wide = wide * factor[...]
+                matrix[...] = wide.astype(matrix.dtype)
 
         def product(first, size):
             """Of `size` rows from `first`, or from earlier where the tile ends: those are computed once more."""
@@ -47,7 +64,7 @@ def products(x, w, group_sizes, turned: bool, tiles: Tiles, memory: int, interpr
                 columns = pl.ds(n * tiles.part, tiles.part)
                 found = lax.dot_general(
                     x[at],
-                    w[columns, :] if turned else w[:, columns],
+                    matrix[columns, :] if turned else matrix[:, columns],
                     contract,
                     precision=precision(x.dtype),
                     preferred_element_type=jnp.float32,
@@ -74,14 +91,25 @@ def products(x, w, group_sizes, turned: bool, tiles: Tiles, memory: int, interpr
         def _():
             product(begin + whole * tiles.product, half)
 
+    def matrices(array):
+        """Blocks of the group's matrix, or of its factors, which are 1 wide on one side."""
+        sides = [1 if size == 1 else side for size, side in zip(array.shape[1:], block, strict=True)]
+
+        def index(n, i, tile, group, ends):
+            place = (n, 0) if turned else (0, n)
+            return group[i], *(0 if size == 1 else at for size, at in zip(array.shape[1:], place, strict=True))
+
+        return pl.BlockSpec((None, *sides), index)
+
     grid_spec = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=3,
         grid=(-(-width // tiles.columns), visits.count),
         in_specs=[
             pl.BlockSpec((tiles.rows, inner), lambda n, i, tile, group, ends: (tile[i], 0)),
-            pl.BlockSpec(block, lambda n, i, tile, group, ends: (group[i], n, 0) if turned else (group[i], 0, n)),
+            *(matrices(array) for array in (w, *factors)),
         ],
         out_specs=pl.BlockSpec((tiles.rows, tiles.columns), lambda n, i, tile, group, ends: (tile[i], n)),
+        scratch_shapes=[pltpu.VMEM(block, x.dtype)] if widened else [],
     )
     return pl.pallas_call(
         kernel,
@@ -95,4 +123,4 @@ def products(x, w, group_sizes, turned: bool, tiles: Tiles, memory: int, interpr
         ),
         interpret=interpret,
         name="grouped_matmul",
-    )(visits.tile, visits.group, visits.ends, x, w)
+    )(visits.tile, visits.group, visits.ends, x, w, *factors)

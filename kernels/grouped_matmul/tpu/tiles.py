@@ -41,10 +41,15 @@ def _row_tiles(rows: int, groups: int, chip: Chip) -> tuple[list[int], int]:
     return tiles, product
 
 
-def _splits(width: int, fewest: int = 1) -> list[int]:
-    """Widths of equal parts, the widest first; multiples of 128, or everything."""
-    parts = [width] if fewest == 1 else []
-    return parts + [round_up(-(-width // n), 128) for n in range(max(2, fewest), -(-width // 128) + 1)] or [width]
+def _splits(width: int, chip: Chip, fewest: int = 1) -> list[int]:
+    """Widths of equal parts, the widest first: everything, or multiples of what a matrix unit is wide."""
+    parts, unit = [width] if fewest == 1 else [], max(chip.matrix_unit, 128)
+    return parts + [round_up(-(-width // n), unit) for n in range(max(2, fewest), -(-width // unit) + 1)] or [width]
+
+
+def _fewest(width: int, chip: Chip) -> int:
+    """One part for each core, where there is enough for all."""
+    return chip.cores if width >= 256 * chip.cores else 1
 
 
 def _part(width: int, others: int, chip: Chip) -> int:
@@ -56,7 +61,7 @@ def _part(width: int, others: int, chip: Chip) -> int:
 def for_products(rows, inner, width, groups, x_bytes, w_bytes, chip: Chip) -> Tiles | None:
     """Tiles of x @ w, w whole if it can be: x is read once for each of its parts. None: nothing fits."""
     tiles, product = _row_tiles(rows, groups, chip)
-    for columns in _splits(width, chip.cores if width >= 256 * chip.cores else 1):
+    for columns in _splits(width, chip, _fewest(width, chip)):
         for tile in tiles:
             widened = inner * columns * x_bytes if w_bytes != x_bytes else 0
             moved = 2 * (tile * inner * x_bytes + inner * columns * w_bytes + tile * columns * x_bytes)
@@ -69,8 +74,7 @@ def for_products(rows, inner, width, groups, x_bytes, w_bytes, chip: Chip) -> Ti
 def for_outer(rows, left, right, groups, x_bytes, w_bytes, chip: Chip) -> Tiles | None:
     """Tiles of a^T b, with the least to read: a is read once for each part of b and the other way round."""
     tiles, product = _row_tiles(rows, groups, chip)
-    cores = chip.cores if left >= 256 * chip.cores else 1
-    pairs = [(a, b) for a in _splits(left, cores) for b in _splits(right)]
+    pairs = [(a, b) for a in _splits(left, chip, _fewest(left, chip)) for b in _splits(right, chip)]
     for inner, columns in sorted(pairs, key=lambda p: -(-left // p[0]) * right + -(-right // p[1]) * left):
         for tile in tiles:
             moved = 2 * (tile * (inner + columns) * x_bytes + inner * columns * w_bytes)
