@@ -71,7 +71,9 @@ def route(
     if groups > 1:
         ranked = _best_groups(ranked, groups, top_groups)
     chosen = jax.lax.top_k(ranked, top_k)[1]
-    weights = jnp.take_along_axis(scores, chosen, axis=-1)
+    # A sum over all experts, not a gather: on TPUs that goes number by number, and its gradient is a scatter.
+    picked = chosen[:, :, None] == jnp.arange(experts)
+    weights = jnp.sum(jnp.where(picked, scores[:, None], 0), axis=-1)
     if renormalise:
         total = jnp.sum(weights, axis=-1, keepdims=True)
         # Sigmoids may all be 0: such a token takes nothing from its experts.
@@ -83,7 +85,7 @@ def route(
     z = jnp.square(jax.nn.logsumexp(logits, axis=-1))
     if live is not None:
         share, entropy, z = jnp.where(live[:, None], share, 0), jnp.where(live, entropy, 0), jnp.where(live, z, 0)
-    counts = jnp.sum(jax.nn.one_hot(chosen, experts, dtype=jnp.int32), axis=(0, 1))
+    counts = jnp.sum(chosen[:, :, None] == jnp.arange(experts), axis=(0, 1), dtype=jnp.int32)
     return Routes(chosen, weights * scale, counts, jnp.sum(share, axis=0), jnp.sum(z), jnp.sum(entropy))
 
 
