@@ -8,7 +8,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels.grouped_matmul.tpu.products import loop, precision
 from kernels.grouped_matmul.tpu.tiles import ALIGNMENT, Tiles
-from kernels.grouped_matmul.tpu.visits import of_groups
+from kernels.grouped_matmul.tpu.visits import of_groups, own_rows
 
 SUM_OF_ROWS = ((0,), (0,)), ((), ())
 
@@ -20,11 +20,9 @@ def outer(a, b, group_sizes, dtype, tiles: Tiles, memory: int, interpret: bool =
 
     def kernel(tile, group, ends, a, b, out, total):
         step, last = pl.program_id(2), pl.num_programs(2) - 1
-        mine, top = group[step], tile[step] * tiles.rows
-        start = jnp.where(mine > 0, ends[jnp.maximum(mine - 1, 0)], 0) - top
-        low, high = jnp.maximum(start, 0), jnp.minimum(ends[mine] - top, tiles.rows)
+        low, high = own_rows(tile, group, ends, step, tiles.rows)
 
-        @pl.when((step == 0) | (group[jnp.maximum(step - 1, 0)] != mine))
+        @pl.when((step == 0) | (group[jnp.maximum(step - 1, 0)] != group[step]))
         def _():
             total[...] = jnp.zeros_like(total)
 
@@ -61,7 +59,7 @@ def outer(a, b, group_sizes, dtype, tiles: Tiles, memory: int, interpret: bool =
         begin = low // ALIGNMENT * ALIGNMENT
         lax.fori_loop(0, pl.cdiv(jnp.maximum(high - begin, 0), tiles.product), one, None)
 
-        @pl.when((step == last) | (group[jnp.minimum(step + 1, last)] != mine))
+        @pl.when((step == last) | (group[jnp.minimum(step + 1, last)] != group[step]))
         def _():
             out[...] = total[...].astype(out.dtype)
 

@@ -7,7 +7,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels.grouped_matmul.tpu.tiles import ALIGNMENT, Tiles
-from kernels.grouped_matmul.tpu.visits import of_tiles
+from kernels.grouped_matmul.tpu.visits import of_tiles, own_rows
 
 
 def precision(dtype) -> lax.Precision:
@@ -33,27 +33,31 @@ def products(x, w, scales, group_sizes, turned: bool, tiles: Tiles, memory: int,
     contract = ((1,), (1 if turned else 0,)), ((), ())
     factors = () if scales is None else (scales,)
     widened = bool(factors) or w.dtype != x.dtype
+    at_once = 128 if block[0] % 128 == 0 else block[0]  # rows of a matrix that are widened: written out, too many
 
     def kernel(tile, group, ends, x, w, *others):
         *factors, y = others[: len(others) - widened]
         step = pl.program_id(1)
-        mine, top = group[step], tile[step] * tiles.rows
-        start = jnp.where(mine > 0, ends[jnp.maximum(mine - 1, 0)], 0) - top
-        low, high = jnp.maximum(start, 0), jnp.minimum(ends[mine] - top, tiles.rows)
+        previous = jnp.maximum(step - 1, 0)
+        low, high = own_rows(tile, group, ends, step, tiles.rows)
 
-        @pl.when((step == 0) | (tile[jnp.maximum(step - 1, 0)] != tile[step]))
+        @pl.when((step == 0) | (tile[previous] != tile[step]))
         def _():
             y[...] = jnp.zeros_like(y)
 
         matrix = others[-1] if widened else w
         if widened:
 
-            @pl.when((step == 0) | (group[jnp.maximum(step - 1, 0)] != mine))
-            def _():
-                wide = w[...].astype(jnp.float32)
+            def widen(i):
+                some = pl.ds(i * at_once, at_once)
+                wide = w[some].astype(jnp.float32)
                 for factor in factors:
-                    wide = wide * factor[...]
-                matrix[...] = wide.astype(matrix.dtype)
+                    wide = wide * (factor[...] if len(factor) == 1 else factor[some])
+                matrix[some] = wide.astype(matrix.dtype)
+
+            @pl.when((step == 0) | (group[previous] != group[step]))
+            def _():
+                loop(block[0] // at_once, widen)
 
         def product(first, size):
             """Of `size` rows from `first`, or from earlier where the tile ends: those are computed once more."""

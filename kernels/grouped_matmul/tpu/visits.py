@@ -25,6 +25,13 @@ def of_groups(group_sizes: Int[Array, " G"], rows: int, tile: int) -> Visits:
     return _visits(group_sizes, rows, tile, of_empty=1)
 
 
+def own_rows(tile, group, ends, step, rows: int):
+    """Where the rows of a step's group begin and end in its tile of `rows` rows: inside a kernel."""
+    mine, top = group[step], tile[step] * rows
+    start = jnp.where(mine > 0, ends[jnp.maximum(mine - 1, 0)], 0)
+    return jnp.maximum(start - top, 0), jnp.minimum(ends[mine] - top, rows)
+
+
 def _visits(group_sizes, rows: int, tile: int, of_empty: int) -> Visits:
     tiles, groups = -(-rows // tile), len(group_sizes)
     ends = jnp.minimum(jnp.cumsum(group_sizes.astype(jnp.int32)), rows)
