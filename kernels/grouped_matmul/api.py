@@ -1,18 +1,44 @@
 """The one entry point for products of sorted rows with one matrix per group."""
 
+import importlib
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels.backends import EVERYWHERE, Backend, choose
-from kernels.grouped_matmul import reference, xla
+from kernels.grouped_matmul import quantized, reference, xla
+from kernels.grouped_matmul.quantized import Quantized
+
+
+def _tpu(name: str):
+    """A function of the TPU backend, which is imported when it is first asked: Pallas takes a second."""
+    return lambda *arguments: getattr(importlib.import_module("kernels.grouped_matmul.tpu.backend"), name)(*arguments)
+
+
+def _dequantized(run: Callable):
+    """For a backend that knows no quantized matrices: all of them are widened, and get no gradient."""
+
+    def widened(x, w, group_sizes, transpose_w):
+        if isinstance(w, Quantized):
+            w = jax.lax.stop_gradient(w).dequantized(transpose_w, x.dtype)
+        return run(x, w, group_sizes, transpose_w)
+
+    return widened
+
 
 # In order of preference.
-BACKENDS = {"xla": Backend(EVERYWHERE, xla.grouped_matmul), "reference": Backend((), reference.grouped_matmul)}
+BACKENDS = {
+    "tpu": Backend(("tpu",), _tpu("grouped_matmul"), _tpu("refusal")),
+    "xla": Backend(EVERYWHERE, _dequantized(xla.grouped_matmul)),
+    "reference": Backend((), _dequantized(reference.grouped_matmul)),
+}
 
 
 def grouped_matmul(
     x: Float[Array, "M D"],
-    w: Float[Array, "E D F"],
+    w: Float[Array, "E D F"] | Quantized,
     group_sizes: Int[Array, " E"],
     *,
     transpose_w: bool = False,
@@ -24,21 +50,26 @@ def grouped_matmul(
     without rows has a gradient of exactly 0.
 
     Args:
+        w: or `kernels.grouped_matmul.quantized.Quantized`: 8 bits with scales. Those get no gradient, x does.
         transpose_w: w is E F D, and its matrices are used transposed.
-        backend: "auto", "xla" (blocks of rows: work grows with the rows there are) or "reference" (for tests).
+        backend: "auto", "tpu" (Pallas: bfloat16 or float32 rows), "xla" (blocks of rows: work grows with the rows
+            there are) or "reference" (for tests).
 
     Raises:
         ValueError: shapes that do not fit, or an unknown backend.
-        TypeError: group sizes that are no integers.
+        TypeError: group sizes that are no integers, quantized values that are none of 8 bits.
     """
-    inner, found = w.shape[-1 if transpose_w else 1] if w.ndim == 3 else None, f"found x {x.shape}, w {w.shape}"
-    if x.ndim != 2 or w.ndim != 3 or x.shape[1] != inner:
+    shape = w.values.shape if isinstance(w, Quantized) else w.shape
+    found = f"found x {x.shape}, w {shape}"
+    if x.ndim != 2 or len(shape) != 3 or x.shape[1] != shape[2 if transpose_w else 1]:
         raise ValueError(f"x must be M D and w {'E F D' if transpose_w else 'E D F'}, {found}")
-    if group_sizes.shape != w.shape[:1]:
+    if group_sizes.shape != shape[:1]:
         raise ValueError(
             f"group_sizes must hold one number for each of w's matrices, found {group_sizes.shape}, {found}"
         )
     if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
         raise TypeError(f"group_sizes must be integers, found {group_sizes.dtype}")
+    if isinstance(w, Quantized):
+        quantized.check(w, transpose_w)
     arguments = x, w, group_sizes, transpose_w
     return choose("grouped_matmul", BACKENDS, backend, *arguments)(*arguments).astype(x.dtype)

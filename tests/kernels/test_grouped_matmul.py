@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import grouped_matmul
+from kernels.grouped_matmul.quantized import Quantized
 
 BACKENDS = ("xla", "reference")
 
@@ -91,6 +92,25 @@ def test_sizes_may_be_traced():
     assert np.abs(np.asarray(first - second))[5:].max() > 0.1
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("one_scale", [True, False])
+@pytest.mark.parametrize("dtype", ["int8", "float8_e5m2"])
+def test_quantized_matrices(backend, one_scale, dtype):
+    """As the matrices they stand for; the rows get the gradient, the matrices none."""
+    draw, sizes = np.random.default_rng(0), jnp.array([3, 0, 4])
+    x, dy = (jnp.asarray(draw.normal(size=(8, n)), jnp.float32) for n in (5, 6))
+    values = jnp.asarray(draw.integers(-99, 99, (3, 5, 6))).astype(dtype)
+    scales = jnp.asarray(0.3 if one_scale else draw.uniform(0.1, 1, (3, 6)), jnp.float32)
+    plain = np.asarray(values, np.float64) * np.broadcast_to(scales, (3, 6))[:, None]
+    for turned in (False, True):
+        w = Quantized(values.swapaxes(1, 2) if turned else values, scales)
+        y, back = jax.vjp(lambda x: grouped_matmul(x, w, sizes, transpose_w=turned, backend=backend), x)  # noqa: B023
+        for got, true in zip((y, *back(dy)), expected(x, plain, [3, 0, 4], dy)[:2], strict=True):
+            np.testing.assert_allclose(got, true, rtol=1e-5, atol=1e-4)
+    gradient = jax.grad(lambda scales: grouped_matmul(x, Quantized(values, scales), sizes, backend=backend).sum())
+    assert not np.any(gradient(scales))
+
+
 def test_bad_arguments_are_named():
     x, w = jnp.zeros((4, 3)), jnp.zeros((2, 3, 5))
     sizes = jnp.array([2, 2])
@@ -100,5 +120,9 @@ def test_bad_arguments_are_named():
         grouped_matmul(x, w, jnp.array([4]))
     with pytest.raises(TypeError, match="must be integers, found float32"):
         grouped_matmul(x, w, jnp.array([2.0, 2.0]))
+    with pytest.raises(TypeError, match="must be one of int8, float8_e4m3fn, float8_e5m2, found float32"):
+        grouped_matmul(x, Quantized(w, jnp.ones(())), sizes)
+    with pytest.raises(ValueError, match=r"a number or have shape \(2, 5\), .* found \(2, 3\)"):
+        grouped_matmul(x, Quantized(w.astype(jnp.int8), jnp.ones((2, 3))), sizes)
     with pytest.raises(ValueError, match="no backend 'cuda'"):
         grouped_matmul(x, w, sizes, backend="cuda")

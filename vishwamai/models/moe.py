@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from kernels import grouped_matmul, route
-from kernels.router import Routes, scores
+from kernels.router import Routes
 from vishwamai.models.config import Activation, TextConfig
 from vishwamai.models.layers import Linear, parameter
 from vishwamai.models.mlp import ACTIVATIONS, GatedMLP
@@ -77,18 +77,24 @@ class MixtureOfExperts(nnx.Module):
         rows, live = x.reshape(-1, x.shape[-1]), real.reshape(-1)
         # float32: a choice must not depend on how logits were rounded (Fedus et al. 2021, section 2.4).
         logits = self.gate(rows.astype(jnp.float32))
-        routes = self.routes(logits)
-        experts = jnp.where(live[:, None], routes.experts, self.mixture.num_experts)
+        routes = self.routes(logits, live)
         capacity = self.mixture.capacity(x.shape[1]) if drops else None
         if capacity is None:
-            out, dropped = self._dropless(rows, experts, routes.weights), jnp.float32(0)
+            out, dropped = self._dropless(rows, routes.experts, routes.weights), jnp.float32(0)
         else:
-            grouped = (a.reshape(*x.shape[:2], -1) for a in (x, experts, routes.weights))
+            grouped = (a.reshape(*x.shape[:2], -1) for a in (x, routes.experts, routes.weights))
             out, dropped = bounded(*grouped, self.experts.matrices(x.dtype), self.experts.act, capacity)
             out = out.reshape(rows.shape)
         if hasattr(self, "shared_experts"):
             out = out + self.shared_experts(rows)
-        return out.reshape(x.shape), self._routing(logits, experts, live, dropped)
+        return out.reshape(x.shape), Routing(
+            load=routes.counts.astype(jnp.float32),
+            probability=routes.probability,
+            z=routes.z,
+            entropy=routes.entropy,
+            dropped=dropped,
+            tokens=jnp.sum(live, dtype=jnp.float32),
+        )
 
     def _dropless(self, rows: Float[Array, "T D"], experts: Int[Array, "T k"], weights: Float[Array, "T k"]):
         matrices = self.experts.matrices(rows.dtype)
@@ -108,7 +114,7 @@ class MixtureOfExperts(nnx.Module):
         specs = by_row, by_row, by_row, (gate, gate, PartitionSpec(None, split, None))
         return jax.shard_map(local, in_specs=specs, out_specs=by_row, check_vma=False)(rows, experts, weights, matrices)
 
-    def routes(self, logits: Float[Array, "T E"]) -> Routes:
+    def routes(self, logits: Float[Array, "T E"], live: Bool[Array, " T"] | None = None) -> Routes:
         bias = self.e_score_correction_bias[...] if hasattr(self, "e_score_correction_bias") else None
         mixture = self.mixture
         return route(
@@ -118,21 +124,7 @@ class MixtureOfExperts(nnx.Module):
             renormalise=mixture.norm_topk_prob,
             bias=bias,
             scale=mixture.routed_scaling_factor,
-        )
-
-    def _routing(self, logits, experts: Int[Array, "T k"], live: Bool[Array, " T"], dropped) -> Routing:
-        found = scores(logits, self.mixture.scoring_func.value)
-        share = found / jnp.maximum(jnp.sum(found, axis=-1, keepdims=True), 1e-20)
-        entropy = -jnp.sum(share * jnp.log(jnp.maximum(share, 1e-20)), axis=-1)
-        z = jnp.square(jax.nn.logsumexp(logits, axis=-1))
-        count = lambda values: jnp.sum(jnp.where(live, values, 0))  # noqa: E731
-        return Routing(
-            load=jnp.sum(jax.nn.one_hot(experts, self.mixture.num_experts), axis=(0, 1)),
-            probability=jnp.sum(jnp.where(live[:, None], share, 0), axis=0),
-            z=count(z),
-            entropy=count(entropy),
-            dropped=dropped,
-            tokens=count(1.0),
+            live=live,
         )
 
 

@@ -1,0 +1,130 @@
+"""Rows times their group's matrix, for TPUs."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels.grouped_matmul.tpu.tiles import ALIGNMENT, Tiles
+from kernels.grouped_matmul.tpu.visits import of_tiles, own_rows
+
+
+def precision(dtype) -> lax.Precision:
+    """float32 is not rounded to bfloat16 on the way into the matrix unit."""
+    return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
+
+
+def loop(count: int, body) -> None:
+    """`body(i)` for each i; without a loop if there is one, so that its i is known."""
+    body(0) if count == 1 else lax.fori_loop(0, count, lambda i, _: body(i), None)
+
+
+def products(x, w, scales, group_sizes, turned: bool, tiles: Tiles, memory: int, interpret: bool = False):
+    """x[m] @ w[group of m] (`turned`: w is E F D) in x's type; 0 behind the last group.
+
+    scales: None, or factors of w with one of its two sides 1. Scaled, or of another type than x, a group's matrix is
+    brought into x's type once, when its turn comes.
+    """
+    rows, inner = x.shape
+    width = w.shape[1] if turned else w.shape[2]
+    visits = of_tiles(group_sizes, rows, tiles.rows)
+    block = (tiles.columns, inner) if turned else (inner, tiles.columns)
+    contract = ((1,), (1 if turned else 0,)), ((), ())
+    factors = () if scales is None else (scales,)
+    widened = bool(factors) or w.dtype != x.dtype
+    at_once = 128 if block[0] % 128 == 0 else block[0]  # rows of a matrix that are widened: written out, too many
+
+    def kernel(tile, group, ends, x, w, *others):
+        *factors, y = others[: len(others) - widened]
+        step = pl.program_id(1)
+        previous = jnp.maximum(step - 1, 0)
+        low, high = own_rows(tile, group, ends, step, tiles.rows)
+
+        @pl.when((step == 0) | (tile[previous] != tile[step]))
+        def _():
+            y[...] = jnp.zeros_like(y)
+
+        matrix = others[-1] if widened else w
+        if widened:
+
+            def widen(i):
+                some = pl.ds(i * at_once, at_once)
+                wide = w[some].astype(jnp.float32)
+                for factor in factors:
+                    wide = wide * (factor[...] if len(factor) == 1 else factor[some])
+                matrix[some] = wide.astype(matrix.dtype)
+
+            @pl.when((step == 0) | (group[previous] != group[step]))
+            def _():
+                loop(block[0] // at_once, widen)
+
+        def product(first, size):
+            """Of `size` rows from `first`, or from earlier where the tile ends: those are computed once more."""
+            first = pl.multiple_of(jnp.minimum(first, tiles.rows - size), ALIGNMENT)
+            at = pl.ds(first, size)
+
+            def some_columns(n):
+                columns = pl.ds(n * tiles.part, tiles.part)
+                found = lax.dot_general(
+                    x[at],
+                    matrix[columns, :] if turned else matrix[:, columns],
+                    contract,
+                    precision=precision(x.dtype),
+                    preferred_element_type=jnp.float32,
+                )
+                row = first + lax.broadcasted_iota(jnp.int32, found.shape, 0)
+                mine = (row >= low) & (row < high)
+                y[at, columns] = jnp.where(mine, found, y[at, columns].astype(jnp.float32)).astype(y.dtype)
+
+            loop(tiles.columns // tiles.part, some_columns)
+
+        begin = low // ALIGNMENT * ALIGNMENT
+        length = jnp.maximum(high - begin, 0)
+        half = tiles.product // 2
+        # What is left over after whole products: nothing, a half, or one more.
+        whole = (length + half - 1) // tiles.product
+        left = length - whole * tiles.product
+
+        def one(i, _):
+            product(begin + i * tiles.product, tiles.product)
+
+        lax.fori_loop(0, whole, one, None)
+
+        @pl.when(left > 0)
+        def _():
+            product(begin + whole * tiles.product, half)
+
+    def matrices(array):
+        """Blocks of the group's matrix, or of its factors, which are 1 wide on one side."""
+        sides = [1 if size == 1 else side for size, side in zip(array.shape[1:], block, strict=True)]
+
+        def index(n, i, tile, group, ends):
+            place = (n, 0) if turned else (0, n)
+            return group[i], *(0 if size == 1 else at for size, at in zip(array.shape[1:], place, strict=True))
+
+        return pl.BlockSpec((None, *sides), index)
+
+    grid_spec = pltpu.PrefetchScalarGridSpec(
+        num_scalar_prefetch=3,
+        grid=(-(-width // tiles.columns), visits.count),
+        in_specs=[
+            pl.BlockSpec((tiles.rows, inner), lambda n, i, tile, group, ends: (tile[i], 0)),
+            *(matrices(array) for array in (w, *factors)),
+        ],
+        out_specs=pl.BlockSpec((tiles.rows, tiles.columns), lambda n, i, tile, group, ends: (tile[i], n)),
+        scratch_shapes=[pltpu.VMEM(block, x.dtype)] if widened else [],
+    )
+    return pl.pallas_call(
+        kernel,
+        grid_spec=grid_spec,
+        out_shape=jax.ShapeDtypeStruct((rows, width), x.dtype),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=memory),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * rows * inner * width,
+            bytes_accessed=(x.size + rows * width) * x.dtype.itemsize + w.size * w.dtype.itemsize,
+            transcendentals=0,
+        ),
+        interpret=interpret,
+        name="grouped_matmul",
+    )(visits.tile, visits.group, visits.ends, x, w, *factors)
