@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
-from kernels.static_estimate import Geometry, Kernel, compile_program, estimate
+from kernels.static_estimate import Geometry, Kernel, compile_program, estimate, target
 
 
 class Candidate(Protocol):
@@ -40,7 +40,8 @@ def measure(candidate: Candidate, chip: str) -> Measured:
     Raises CompileError (too much VMEM, for instance), ValueError: a geometry that does not describe the kernels.
     """
     program = compile_program(*candidate.program())
-    described = [(kernel, candidate.geometry(kernel)) for kernel in program.kernels]
+    with target():
+        described = [(kernel, candidate.geometry(kernel)) for kernel in program.kernels]
     kernels = [kernel for kernel, geometry in described if geometry is not None]
     estimates = [estimate(kernel, geometry, chip) for kernel, geometry in described if geometry is not None]
     if not kernels:

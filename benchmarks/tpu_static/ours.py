@@ -1,11 +1,13 @@
-"""Our TPU kernels in the same cases."""
+"""Our TPU kernels in the same cases. How often their parts run is asked of the plans that the kernels themselves use."""
 
+import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import kernels
 from benchmarks.tpu_static.public import gradient
@@ -13,18 +15,21 @@ from benchmarks.tpu_static.shapes import Attention, Experts
 from kernels.static_estimate import Geometry, Kernel
 
 
+def _missing(kernel: str) -> str | None:
+    api = importlib.import_module(f"kernels.{kernel}.api")
+    return None if "tpu" in api.BACKENDS else f"kernels.{kernel} has no backend for TPUs"
+
+
 @dataclass(frozen=True)
 class OurAttention:
-    """`kernels.attention`, layout B T N H: what its TPU backend turns to heads first is XLA's work and not counted."""
+    """`kernels.attention`, layout B T N H; what XLA does to lay that out for the kernels is not counted."""
 
     shape: Attention
     backward: bool
-    name = "ours"
+    name: ClassVar[str] = "ours"
 
     def missing(self) -> str | None:
-        from kernels.attention.api import BACKENDS
-
-        return None if "tpu" in BACKENDS else "kernels.attention has no TPU backend yet"
+        return _missing("attention")
 
     def program(self) -> tuple[Callable, tuple[Any, ...]]:
         shape = self.shape
@@ -38,19 +43,33 @@ class OurAttention:
         ids = (jax.ShapeDtypeStruct((shape.B, shape.T), jnp.int32),) if shape.documents else ()
         return gradient(attend, 3) if self.backward else attend, (q, k, k, *ids)
 
-    def geometry(self, kernel: Kernel) -> Geometry | None:
-        raise NotImplementedError
+    def geometry(self, kernel: Kernel) -> Geometry:
+        """Both kernels read q in blocks `1 heads H queries` and k in blocks `1 heads keys H`."""
+        from kernels.attention.tpu import blocks
+
+        shape = self.shape
+        (_, heads, _, queries), (_, _, keys, _) = kernel.blocks[:2]
+        ids = np.broadcast_to(shape.segment_ids, (shape.B, shape.T)) if shape.documents else None
+        mask = kernels.Mask(causal=shape.causal, window=shape.window, q_segment_ids=ids)
+        if shape.T % keys:
+            mask = replace(mask, kv_length=shape.T)
+        plan = blocks.plan(mask, blocks.Extent(shape.T, shape.T, queries, keys))
+        entries = np.broadcast_to(plan.table, (shape.B, np.shape(plan.table)[1]))
+        each = shape.N // heads
+        runs = tuple(each * int((entries & 3 == kind).sum()) for kind in sorted(plan.kinds - {blocks.NOTHING}))
+        rows = each * int((entries & blocks.FIRST != 0).sum())
+        return Geometry(runs, rows, steps=each * shape.B * int(plan.visits))
 
 
 @dataclass(frozen=True)
 class OurExperts:
+    """`kernels.grouped_matmul`: a visit multiplies its expert's rows of the tile, some at a time, and what is left."""
+
     shape: Experts
-    name = "ours"
+    name: ClassVar[str] = "ours"
 
     def missing(self) -> str | None:
-        from kernels.grouped_matmul.api import BACKENDS
-
-        return None if "tpu" in BACKENDS else "kernels.grouped_matmul has no TPU backend yet"
+        return _missing("grouped_matmul")
 
     def program(self) -> tuple[Callable, tuple[Any, ...]]:
         shape = self.shape
@@ -59,5 +78,14 @@ class OurExperts:
         sizes = jax.ShapeDtypeStruct((shape.E,), jnp.int32)
         return lambda x, w, sizes: kernels.grouped_matmul(x, w, sizes, backend="tpu"), (x, w, sizes)
 
-    def geometry(self, kernel: Kernel) -> Geometry | None:
-        raise NotImplementedError
+    def geometry(self, kernel: Kernel) -> Geometry:
+        from kernels.grouped_matmul.tpu import tiles
+
+        shape = self.shape
+        sizes = tiles.for_products(shape.M, shape.D, shape.F, shape.E, 2, 2, tiles.this_chip())
+        lengths = shape.rows_of_visits(sizes.rows, tiles.ALIGNMENT)
+        whole = (lengths + sizes.product // 2 - 1) // sizes.product
+        parts = -(-shape.F // sizes.columns)
+        visits, left = parts * len(lengths), parts * int((lengths > whole * sizes.product).sum())
+        geometry = shape.geometry(sizes.rows, shape.D, sizes.columns)
+        return replace(geometry, bodies=(visits, left), steps=visits, trips=(float(whole.mean()),))

@@ -99,6 +99,16 @@ class Experts:
         starts = ends - self.group_sizes()
         return int((-(-ends // tile) - starts // tile)[ends > starts].sum())
 
+    def rows_of_visits(self, tile: int, alignment: int) -> np.ndarray:
+        """For each such pair, from the expert's first row in the tile, rounded down to the alignment, to its last."""
+        ends = np.cumsum(self.group_sizes())
+        pairs = [
+            (max(start, at), min(end, at + tile))
+            for start, end in zip(ends - self.group_sizes(), ends, strict=True)
+            for at in range(start // tile * tile, end, tile)
+        ]
+        return np.array([end - start // alignment * alignment for start, end in pairs if end > start])
+
     def geometry(self, tile_m: int, tile_k: int, tile_n: int) -> Geometry:
         """Of a kernel that multiplies each visited tile, and reads an expert's matrix once if it takes all of D."""
         inner, outer = -(-self.D // tile_k), -(-self.F // tile_n)

@@ -8,9 +8,10 @@
 """
 
 from kernels.static_estimate.chips import CHIPS
-from kernels.static_estimate.compiler import CompileError, Kernel, Program, chip_process, compile_program
+from kernels.static_estimate.compiler import CompileError, Kernel, Program, chip_process, compile_program, target
 from kernels.static_estimate.estimate import Estimate, Geometry, estimate
 
 __all__ = [
     "CHIPS", "CompileError", "Estimate", "Geometry", "Kernel", "Program", "chip_process", "compile_program", "estimate",
+    "target",
 ]  # fmt: skip

@@ -36,12 +36,14 @@ class Kernel(NamedTuple):
     """A Pallas kernel as it was compiled.
 
     grid: with None for a dynamic side; None in all for a kernel that XLA put in (`jax.lax.ragged_dot`).
+    blocks: shape of each operand's block, inputs first; an operand that is not blocked has its own shape.
     attributes: what its author wrote to XLA about it.
     """
 
     name: str
     grid: tuple[int | None, ...] | None
     bundles: Part
+    blocks: tuple[tuple[int, ...], ...] = ()
     attributes: dict[str, str] = {}
 
 
@@ -103,11 +105,10 @@ def compile_program(function: Callable, structs: Sequence[Any]) -> Program:
         raise RuntimeError("compile_program runs in the process that chip_process(...) gives: submit it there")
     for path in glob.glob(f"{glob.escape(_dump.name)}/*"):
         os.remove(path)
-    device = _device()
-    sharding = NamedSharding(Mesh(np.array([device]), ("x",)), PartitionSpec())
+    sharding = NamedSharding(Mesh(np.array([_device()]), ("x",)), PartitionSpec())
     structs = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), structs)
     start = time.perf_counter()
-    with jax.sharding.use_abstract_mesh(_abstract_mesh(device)):
+    with target():
         traced = jax.jit(function).trace(*structs)
         try:
             compiled = traced.lower().compile()
@@ -115,9 +116,9 @@ def compile_program(function: Callable, structs: Sequence[Any]) -> Program:
             raise CompileError(f"{type(error).__name__}: {error}") from None
     seconds = time.perf_counter() - start
     memory = compiled.memory_analysis()
-    grids = list(_grids(traced.jaxpr.jaxpr))
+    calls = list(_pallas_calls(traced.jaxpr.jaxpr))
     return Program(
-        tuple(_kernel(name, rest, grids) for name, rest in CUSTOM_CALL.findall(compiled.as_text())),
+        tuple(_kernel(name, rest, calls) for name, rest in CUSTOM_CALL.findall(compiled.as_text())),
         memory.argument_size_in_bytes,
         memory.output_size_in_bytes,
         memory.temp_size_in_bytes,
@@ -125,28 +126,25 @@ def compile_program(function: Callable, structs: Sequence[Any]) -> Program:
     )
 
 
-def _abstract_mesh(device) -> AbstractMesh:
-    """Set while tracing, it tells Pallas which chip this is for."""
+def target():
+    """A context in which Pallas, and what asks it, finds the process's chip."""
+    device = _device()
     cores = getattr(device, "num_cores", 1)
     abstract = AbstractDevice(device_kind=device.device_kind, num_cores=cores, platform="tpu")
-    return AbstractMesh((1,), ("x",), abstract_device=abstract)
+    return jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=abstract))
 
 
-def _grids(jaxpr) -> Iterator[tuple[str, tuple[int | None, ...]]]:
+def _pallas_calls(jaxpr) -> Iterator[dict[str, Any]]:
     for equation in jaxpr.eqns:
         if equation.primitive.name == "pallas_call":
-            sides = equation.params["grid_mapping"].grid
-            yield equation.params["name"], tuple(side if isinstance(side, int) else None for side in sides)
+            yield equation.params
         for inner in jaxprs_in_params(equation.params):
-            yield from _grids(inner)
+            yield from _pallas_calls(inner)
 
 
-def _kernel(name: str, hlo: str, grids: list[tuple[str, tuple[int | None, ...]]]) -> Kernel:
-    """The HLO instruction `name` is the traced call's name and a number; its grid is the first not yet taken."""
+def _kernel(name: str, hlo: str, calls: list[dict[str, Any]]) -> Kernel:
+    """The HLO instruction `name` is a traced call's name and a number; the first such that is not taken is its."""
     stem = re.sub(r"\.\d+$", "", name)
-    found = next((pair for pair in grids if pair[0] == stem), None)
-    if found is not None:
-        grids.remove(found)
     written = re.compile(rf"\d+-{re.escape(name)}-\d+-final_bundles\.txt")
     paths = [path for path in Path(_dump.name).iterdir() if written.fullmatch(path.name)]
     if len(paths) != 1:
@@ -154,5 +152,16 @@ def _kernel(name: str, hlo: str, grids: list[tuple[str, tuple[int | None, ...]]]
     with paths[0].open(errors="replace") as lines:
         bundles = parse(lines)
     attributes = ATTRIBUTES.search(hlo)
-    pairs = re.findall(r'(\w+)="([^"]*)"', attributes.group(1)) if attributes else ()
-    return Kernel(stem, found and found[1], bundles, dict(pairs))
+    attributes = dict(re.findall(r'(\w+)="([^"]*)"', attributes.group(1))) if attributes else {}
+    place = next((place for place, call in enumerate(calls) if call["name"] == stem), None)
+    if place is None:
+        return Kernel(stem, None, bundles, (), attributes)
+    mapping = calls.pop(place)["grid_mapping"]
+    grid = tuple(side if isinstance(side, int) else None for side in mapping.grid)
+    blocks = tuple(_sizes(block.block_shape) for block in mapping.block_mappings)
+    return Kernel(stem, grid, bundles, blocks, attributes)
+
+
+def _sizes(block_shape) -> tuple[int, ...]:
+    """Pallas says in several ways that a side is one element and left out."""
+    return tuple(getattr(side, "block_size", 1) if not isinstance(side, int) else side for side in block_shape)

@@ -14,8 +14,7 @@ class Geometry:
     """How often the parts of one kernel run.
 
     Args:
-        bodies: runs of each part that multiplies, the cheapest part first (blocks that need no mask, then those that
-            do); a kernel with a single one runs it for all of them.
+        bodies: runs of each part that multiplies, in program order; a kernel with a single one runs it for all of them.
         rows: runs of the conditional parts that do not (what starts and ends a row of blocks).
         steps: steps of the grid; None takes the grid's own size, which must then be static.
         trips: passes of each loop inside a step, in program order.
@@ -114,12 +113,11 @@ def estimate(kernel: Kernel, geometry: Geometry, chip: str) -> Estimate:
     def floor(part: Part) -> float:
         return core.matmul_floor(part.matmuls) + sum(floor(inner) * trips.get(inner.start, 1) for inner in part.parts)
 
-    bodies = sorted(step.bodies, key=cycles)
     total = steps * step.bundles + geometry.rows * sum(map(cycles, step.rows))
-    total += sum(count * cycles(body) for count, body in zip(runs, bodies, strict=True))
+    total += sum(count * cycles(body) for count, body in zip(runs, step.bodies, strict=True))
     return Estimate(
         1e3 * total / core.clock,
-        1e3 * sum(count * floor(body) for count, body in zip(runs, bodies, strict=True)) / core.clock,
+        1e3 * sum(count * floor(body) for count, body in zip(runs, step.bodies, strict=True)) / core.clock,
         1e3 * geometry.hbm_bytes / core.bandwidth,
         kernel.bundles.all_operations["spill"],
     )

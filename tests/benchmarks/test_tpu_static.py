@@ -120,6 +120,9 @@ def test_a_tile_is_visited_once_for_each_expert_with_rows_in_it():
     assert len(expert) == shape.M and len(set(shape.group_sizes())) > 3
     assert shape.visits(16) == sum(len(set(expert[i : i + 16])) for i in range(0, shape.M, 16))
     assert Experts(E=4, rows_per_expert=32, D=8, F=8, spread=0).visits(16) == 8
+    rows = shape.rows_of_visits(16, alignment=1)
+    assert len(rows) == shape.visits(16) and rows.sum() == shape.M
+    assert set(Experts(E=4, rows_per_expert=40, D=8, F=8, spread=0).rows_of_visits(64, alignment=16)) == {40, 32, 24}
 
 
 def test_bytes_of_a_grouped_product():
