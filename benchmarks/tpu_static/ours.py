@@ -1,4 +1,4 @@
-"""Our TPU kernels in the same cases. How often their parts run is asked of the plans that the kernels themselves use."""
+"""Our TPU kernels in the same cases. How often their parts run is asked of the plans that they use themselves."""
 
 import importlib
 from collections.abc import Callable
