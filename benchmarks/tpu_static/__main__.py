@@ -84,7 +84,8 @@ def main() -> None:
                     _write(options.json, case.name, chip.name, candidate.name, found)
             table.add_row(case.name, chip.name, *row(case, results))
         chip.close()
-    console.print(table)
+    width = console.measure(table, options=console.options.update(max_width=1000)).maximum
+    Console(width=max(width, len(title))).print(table)
 
 
 def row(case: Case, results: dict[str, Measured | str]) -> tuple[str, ...]:
