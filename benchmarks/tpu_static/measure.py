@@ -17,8 +17,9 @@ class Candidate(Protocol):
     def program(self) -> tuple[Callable, tuple[Any, ...]]:
         """The function, and the shapes and types of its arguments."""
 
-    def geometry(self, kernel: Kernel) -> Geometry | None:
-        """How often the parts of this kernel of its program run; None leaves it out (it only keeps the books)."""
+    def geometry(self, kernel: Kernel, number: int) -> Geometry | None:
+        """How often the parts of this kernel of its program run, the `number`-th of that name, from 0; None leaves it
+        out (it only keeps the books)."""
 
 
 class Measured(NamedTuple):
@@ -40,14 +41,16 @@ def measure(candidate: Candidate, chip: str) -> Measured:
     Raises CompileError (too much VMEM, for instance), ValueError: a geometry that does not describe the kernels.
     """
     program = compile_program(*candidate.program())
+    names = [kernel.name for kernel in program.kernels]
     with target():
-        described = [(kernel, candidate.geometry(kernel)) for kernel in program.kernels]
+        described = [
+            (kernel, candidate.geometry(kernel, names[:place].count(kernel.name)))
+            for place, kernel in enumerate(program.kernels)
+        ]
     kernels = [kernel for kernel, geometry in described if geometry is not None]
     estimates = [estimate(kernel, geometry, chip) for kernel, geometry in described if geometry is not None]
     if not kernels:
-        raise ValueError(
-            f"{candidate.name} compiled to no kernel that does the work: {[k.name for k in program.kernels]}"
-        )
+        raise ValueError(f"{candidate.name} compiled to no kernel that does the work: {names}")
     return Measured(
         sum(one.milliseconds for one in estimates),
         sum(one.cycle_milliseconds for one in estimates),

@@ -43,9 +43,9 @@ class OurAttention:
         ids = (jax.ShapeDtypeStruct((shape.B, shape.T), jnp.int32),) if shape.documents else ()
         return gradient(attend, 3) if self.backward else attend, (q, k, k, *ids)
 
-    def geometry(self, kernel: Kernel) -> Geometry:
-        """Both kernels read q in blocks `1 heads H queries` and k in blocks `1 heads keys H`."""
-        from kernels.attention.tpu import blocks
+    def geometry(self, kernel: Kernel, number: int) -> Geometry:
+        """Both kernels read q in blocks `1 heads H queries`, k in blocks `1 heads keys H`; the backward takes pieces."""
+        from kernels.attention.tpu import blocks, tuning
 
         shape = self.shape
         (_, heads, _, queries), (_, _, keys, _) = kernel.blocks[:2]
@@ -53,11 +53,15 @@ class OurAttention:
         mask = kernels.Mask(causal=shape.causal, window=shape.window, q_segment_ids=ids)
         if shape.T % keys:
             mask = replace(mask, kv_length=shape.T)
-        plan = blocks.plan(mask, blocks.Extent(shape.T, shape.T, queries, keys))
+        extent = blocks.Extent(shape.T, shape.T, queries, keys)
+        each, first_pass = shape.N // heads, ()
+        if kernel.name == "attention_backward":
+            extent, first_pass = tuning.pieces(extent, 2 * shape.H)[number], (shape.B * shape.K,)
+        plan = blocks.plan(mask, extent)
         entries = np.broadcast_to(plan.table, (shape.B, np.shape(plan.table)[1]))
-        each = shape.N // heads
         runs = tuple(each * int((entries & 3 == kind).sum()) for kind in sorted(plan.kinds - {blocks.NOTHING}))
-        rows = each * int((entries & blocks.FIRST != 0).sum())
+        opened = each * int((entries & blocks.FIRST != 0).sum())
+        rows = (*first_pass, opened) if first_pass else opened
         return Geometry(runs, rows, steps=each * shape.B * int(plan.visits))
 
 
@@ -78,7 +82,7 @@ class OurExperts:
         sizes = jax.ShapeDtypeStruct((shape.E,), jnp.int32)
         return lambda x, w, sizes: kernels.grouped_matmul(x, w, sizes, backend="tpu"), (x, w, sizes)
 
-    def geometry(self, kernel: Kernel) -> Geometry:
+    def geometry(self, kernel: Kernel, number: int) -> Geometry:
         from kernels.grouped_matmul.tpu import tiles
 
         shape = self.shape

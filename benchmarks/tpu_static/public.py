@@ -87,7 +87,7 @@ class Splash:
         ids = (jax.ShapeDtypeStruct((shape.B, shape.T), jnp.int32),) if shape.documents else ()
         return gradient(attend, 3) if self.backward else attend, (q, k, k, *ids)
 
-    def geometry(self, kernel: Kernel) -> Geometry:
+    def geometry(self, kernel: Kernel, number: int) -> Geometry:
         shape = replace(self._padded, documents=())
         block = min(self.block, shape.T)
         geometry = shape.geometry(block, block, rows_of="keys" if "dkv" in kernel.name else "queries")
@@ -128,7 +128,7 @@ class RaggedDot:
         precision = jax.lax.Precision.DEFAULT
         return gmm(x, w, group_sizes, precision=precision, out_dtype=x.dtype, tiling=self.tiles)
 
-    def geometry(self, kernel: Kernel) -> Geometry | None:
+    def geometry(self, kernel: Kernel, number: int) -> Geometry | None:
         if kernel.name == "ragged-dot-metadata":
             return None
         tiles = self.tiles or tuple(map(int, kernel.attributes["ragged_dot_tiling"].split(",")))

@@ -15,14 +15,14 @@ class Geometry:
 
     Args:
         bodies: runs of each part that multiplies, in program order; a kernel with a single one runs it for all of them.
-        rows: runs of the conditional parts that do not (what starts and ends a row of blocks).
+        rows: runs of each conditional part that does not (what starts and ends a row of blocks), or one number for all.
         steps: steps of the grid; None takes the grid's own size, which must then be static.
         trips: passes of each loop inside a step, in program order.
         hbm_bytes: read from and written to HBM; 0 leaves the memory bound out.
     """
 
     bodies: tuple[int, ...]
-    rows: int = 0
+    rows: int | tuple[int, ...] = 0
     steps: int | None = None
     trips: tuple[float, ...] = ()
     hbm_bytes: int = 0
@@ -99,6 +99,10 @@ def estimate(kernel: Kernel, geometry: Geometry, chip: str) -> Estimate:
     if len(runs) != len(step.bodies):
         found = f"{len(step.bodies)} parts ({', '.join(str(body.all_bundles) for body in step.bodies)} bundles)"
         raise ValueError(f"{kernel.name} multiplies in {found}, the geometry gives runs of {len(runs)}: {runs}")
+    rows = (geometry.rows,) * len(step.rows) if isinstance(geometry.rows, int) else geometry.rows
+    if len(rows) != len(step.rows):
+        found = f"{len(step.rows)} other parts ({', '.join(str(row.all_bundles) for row in step.rows)} bundles)"
+        raise ValueError(f"{kernel.name} has {found}, the geometry gives rows of {len(rows)}: {rows}")
     loops = [part for top in (*step.bodies, *step.rows) for part in top.walk() if part.kind == "loop"]
     loops = sorted((loop for loop in loops if loop not in step.bodies), key=lambda loop: loop.start)
     if len(loops) != len(geometry.trips):
@@ -113,7 +117,8 @@ def estimate(kernel: Kernel, geometry: Geometry, chip: str) -> Estimate:
     def floor(part: Part) -> float:
         return core.matmul_floor(part.matmuls) + sum(floor(inner) * trips.get(inner.start, 1) for inner in part.parts)
 
-    total = steps * step.bundles + geometry.rows * sum(map(cycles, step.rows))
+    total = steps * step.bundles
+    total += sum(count * cycles(part) for count, part in zip(rows, step.rows, strict=True))
     total += sum(count * cycles(body) for count, body in zip(runs, step.bodies, strict=True))
     return Estimate(
         1e3 * total / core.clock,

@@ -92,6 +92,7 @@ def test_the_sum_by_hand():
     assert found.cycle_milliseconds == pytest.approx(cycles / 1.5e6)
     assert found.floor_milliseconds == pytest.approx((5 * 4 + 1 * 6) / 1.5e6)
     assert found.milliseconds == found.cycle_milliseconds
+    assert estimate(kernel(), Geometry(bodies=(1, 5), rows=(2,)), "v5e") == found
     assert found.spills == 1
 
 
@@ -107,6 +108,11 @@ def test_steps_may_be_given_and_bytes_bound_from_below():
         ((2, None), Geometry(bodies=(5, 1)), "must give its steps"),
         (None, Geometry(bodies=(5, 1)), "must give its steps"),
         ((2, 3), Geometry(bodies=(6,)), r"multiplies in 2 parts \(2, 1 bundles\), the geometry gives runs of 1"),
+        (
+            (2, 3),
+            Geometry(bodies=(5, 1), rows=(2, 2)),
+            r"has 1 other parts \(1 bundles\), the geometry gives rows of 2",
+        ),
         ((2, 3), Geometry(bodies=(5, 1), trips=(3,)), "has 0 loops inside a step"),
     ],
 )
