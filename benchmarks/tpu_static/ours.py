@@ -44,7 +44,7 @@ class OurAttention:
         return gradient(attend, 3) if self.backward else attend, (q, k, k, *ids)
 
     def geometry(self, kernel: Kernel, number: int) -> Geometry:
-        """Both kernels read q in blocks `1 heads H queries`, k in blocks `1 heads keys H`; the backward takes pieces."""
+        """Both kernels read q in blocks `1 heads H queries`, k `1 heads keys H`; the backward takes pieces."""
         from kernels.attention.tpu import blocks, tuning
 
         shape = self.shape
