@@ -92,4 +92,4 @@ class OurExperts:
         parts = -(-shape.F // sizes.columns)
         visits, left = parts * len(lengths), parts * int((lengths > whole * sizes.product).sum())
         geometry = shape.geometry(sizes.rows, shape.D, sizes.columns)
-        return replace(geometry, bodies=(visits, left), steps=visits, trips=(float(whole.mean()),))
+        return replace(geometry, bodies=(left,), steps=visits, trips=(float(whole.mean()),))

@@ -57,11 +57,13 @@ class Part:
 def parse(lines: Iterable[str]) -> Part:
     """The kernel as a tree of parts.
 
-    Raises ValueError: there is no bundle, or a branch whose target is nowhere.
+    Raises ValueError: there is no bundle, or the last one is not the kernel's exit.
     """
     texts = _bundles(lines)
     if not texts:
         raise ValueError("found no bundle: is this a `*-final_bundles.txt` of libtpu's?")
+    if "exit bundle" not in texts[-1]:
+        raise ValueError(f"the last of {len(texts)} bundles is not the kernel's exit: is the file whole?")
     start_of: dict[str, int] = {}
     branches, counted = [], []
     for index, text in enumerate(texts):
@@ -121,9 +123,8 @@ def _operation(opcode: str, rest: str) -> str | None:
 
 def _spans(branches: list[tuple[int, str]], start_of: dict[str, int], end: int) -> Iterator[Part]:
     for index, region in branches:
-        if region not in start_of:
-            raise ValueError(f"bundle {index:#x} jumps to region {region}, which starts nowhere: is the file whole?")
-        target, behind = start_of[region], min(index + 1 + DELAY_SLOTS, end)
+        # The exit is the one target that no comment names.
+        target, behind = start_of.get(region, end - 1), min(index + 1 + DELAY_SLOTS, end)
         if target <= index:
             yield Part("loop", target, behind)
         elif target > behind:

@@ -143,8 +143,7 @@ def _pallas_calls(jaxpr) -> Iterator[dict[str, Any]]:
 
 
 def _kernel(name: str, hlo: str, calls: list[dict[str, Any]]) -> Kernel:
-    """The HLO instruction `name` is a traced call's name and a number; the first such that is not taken is its."""
-    stem = re.sub(r"\.\d+$", "", name)
+    """The HLO instruction `name` holds its call's name (`jvp_NAME_.1`); of equal ones the first not taken is meant."""
     written = re.compile(rf"\d+-{re.escape(name)}-\d+-final_bundles\.txt")
     paths = [path for path in Path(_dump.name).iterdir() if written.fullmatch(path.name)]
     if len(paths) != 1:
@@ -153,13 +152,15 @@ def _kernel(name: str, hlo: str, calls: list[dict[str, Any]]) -> Kernel:
         bundles = parse(lines)
     attributes = ATTRIBUTES.search(hlo)
     attributes = dict(re.findall(r'(\w+)="([^"]*)"', attributes.group(1))) if attributes else {}
-    place = next((place for place, call in enumerate(calls) if call["name"] == stem), None)
-    if place is None:
-        return Kernel(stem, None, bundles, (), attributes)
-    mapping = calls.pop(place)["grid_mapping"]
+    named = [call for call in calls if call["name"] in name]
+    if not named:
+        return Kernel(name, None, bundles, (), attributes)
+    call = max(named, key=lambda call: len(call["name"]))  # the first of the longest
+    calls.remove(call)
+    mapping = call["grid_mapping"]
     grid = tuple(side if isinstance(side, int) else None for side in mapping.grid)
     blocks = tuple(_sizes(block.block_shape) for block in mapping.block_mappings)
-    return Kernel(stem, grid, bundles, blocks, attributes)
+    return Kernel(call["name"], grid, bundles, blocks, attributes)
 
 
 def _sizes(block_shape) -> tuple[int, ...]:

@@ -1,5 +1,6 @@
 """Cycles of a kernel, from its bundles and from how often each part of them runs."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import NamedTuple
@@ -13,15 +14,18 @@ from kernels.static_estimate.compiler import Kernel
 class Geometry:
     """How often the parts of one kernel run.
 
+    What always runs does so at each step. Numbers stand in program order; where the compiler made one part of what was
+    written as several, it runs as often as they do together.
+
     Args:
-        bodies: runs of each part that multiplies, in program order; a kernel with a single one runs it for all of them.
-        rows: runs of each conditional part that does not (what starts and ends a row of blocks), or one number for all.
+        bodies: runs of each conditional part that multiplies (a block that needs no mask, one that does).
+        rows: runs of each other conditional part (what starts and ends a row of blocks), or one number for all.
         steps: steps of the grid; None takes the grid's own size, which must then be static.
-        trips: passes of each loop inside a step, in program order.
+        trips: passes of each loop inside a step.
         hbm_bytes: read from and written to HBM; 0 leaves the memory bound out.
     """
 
-    bodies: tuple[int, ...]
+    bodies: tuple[int, ...] = ()
     rows: int | tuple[int, ...] = 0
     steps: int | None = None
     trips: tuple[float, ...] = ()
@@ -42,9 +46,13 @@ class Estimate(NamedTuple):
 
 
 class Step(NamedTuple):
-    """What a step of the grid consists of: bundles that always run, parts that multiply, other conditional parts."""
+    """A step of the grid: the pipeline's bundles, what always runs, what runs on some steps and multiplies, or doesn't.
 
-    bundles: int
+    The parts of `always` are its loops; `bodies` and `rows` stand in program order.
+    """
+
+    pipeline: int
+    always: Part
     bodies: tuple[Part, ...]
     rows: tuple[Part, ...]
 
@@ -52,28 +60,23 @@ class Step(NamedTuple):
 def grid_step(kernel: Part) -> Step:
     """Finds the loop over the grid (the largest; without one the kernel is a single step) and takes it apart.
 
-    The pipeline puts the step's own work behind one branch, so that the first and last passes only copy: it is the
-    branch that holds every product of the loop, and counts as always taken.
+    The pipeline puts the step's own work behind one branch, so that the first passes only fetch: it is the branch that
+    holds every product of the loop, and counts as always taken, like the branches beside it, which fetch.
     """
-    loop = max((part for part in _outermost_loops(kernel)), key=lambda part: part.all_bundles, default=kernel)
+    loop = max(_outermost_loops(kernel), key=lambda part: part.all_bundles, default=kernel)
     branches = [part for part in loop.parts if part.kind == "branch"]
-    guard = next((part for part in branches if part.all_matmuls == loop.all_matmuls), None)
-    always = [loop] if guard is None or not loop.all_matmuls else [loop, guard]
-    conditional = [inner for part in always for inner in part.parts if inner.kind == "branch" and inner is not guard]
-    inner_loops = [inner for part in always for inner in part.parts if inner.kind == "loop"]
-    bodies, rows, bundles = [], [], 0
-    for part in always:
-        own = replace(part, parts=[inner for inner in part.parts if inner in inner_loops])
-        if own.all_matmuls:
-            bodies.append(own)
-        else:
-            bundles += part.bundles
-    for part in conditional:
-        (bodies if part.all_matmuls else rows).append(part)
-    return Step(bundles, tuple(bodies), tuple(rows))
+    work = next((part for part in branches if part.all_matmuls and part.all_matmuls == loop.all_matmuls), loop)
+    pipeline = 0 if work is loop else loop.all_bundles - work.all_bundles
+    conditional = [part for part in work.parts if part.kind == "branch"]
+    return Step(
+        pipeline,
+        replace(work, parts=[part for part in work.parts if part.kind == "loop"]),
+        tuple(part for part in conditional if part.all_matmuls),
+        tuple(part for part in conditional if not part.all_matmuls),
+    )
 
 
-def _outermost_loops(part: Part):
+def _outermost_loops(part: Part) -> Iterator[Part]:
     for inner in part.parts:
         if inner.kind == "loop":
             yield inner
@@ -95,20 +98,12 @@ def estimate(kernel: Kernel, geometry: Geometry, chip: str) -> Estimate:
         if kernel.grid is None or None in kernel.grid:
             raise ValueError(f"{kernel.name}'s grid is {kernel.grid}: the geometry must give its steps")
         steps = prod(kernel.grid)
-    runs = geometry.bodies if len(step.bodies) != 1 else (sum(geometry.bodies),)
-    if len(runs) != len(step.bodies):
-        found = f"{len(step.bodies)} parts ({', '.join(str(body.all_bundles) for body in step.bodies)} bundles)"
-        raise ValueError(f"{kernel.name} multiplies in {found}, the geometry gives runs of {len(runs)}: {runs}")
-    rows = (geometry.rows,) * len(step.rows) if isinstance(geometry.rows, int) else geometry.rows
-    if len(rows) != len(step.rows):
-        found = f"{len(step.rows)} other parts ({', '.join(str(row.all_bundles) for row in step.rows)} bundles)"
-        raise ValueError(f"{kernel.name} has {found}, the geometry gives rows of {len(rows)}: {rows}")
-    loops = [part for top in (*step.bodies, *step.rows) for part in top.walk() if part.kind == "loop"]
-    loops = sorted((loop for loop in loops if loop not in step.bodies), key=lambda loop: loop.start)
-    if len(loops) != len(geometry.trips):
-        found = f"{len(loops)} loops inside a step ({', '.join(str(loop.all_bundles) for loop in loops)} bundles)"
-        raise ValueError(f"{kernel.name} has {found}, the geometry gives trips of {len(geometry.trips)}")
-    trips = {loop.start: passes for loop, passes in zip(loops, geometry.trips, strict=True)}
+    runs = _for_each("parts that multiply", step.bodies, geometry.bodies, kernel.name)
+    rows = _for_each("other conditional parts", step.rows, geometry.rows, kernel.name)
+    inside = [part for top in (step.always, *step.bodies, *step.rows) for part in top.walk()]
+    loops = sorted((part for part in inside if part.kind == "loop" and part is not step.always), key=_start)
+    passes = _for_each("loops inside a step", loops, geometry.trips, kernel.name)
+    trips = {loop.start: count for loop, count in zip(loops, passes, strict=True)}
 
     def cycles(part: Part) -> float:
         inner = sum(cycles(inner) * trips.get(inner.start, 1) for inner in part.parts)
@@ -117,12 +112,25 @@ def estimate(kernel: Kernel, geometry: Geometry, chip: str) -> Estimate:
     def floor(part: Part) -> float:
         return core.matmul_floor(part.matmuls) + sum(floor(inner) * trips.get(inner.start, 1) for inner in part.parts)
 
-    total = steps * step.bundles
-    total += sum(count * cycles(part) for count, part in zip(rows, step.rows, strict=True))
-    total += sum(count * cycles(body) for count, body in zip(runs, step.bodies, strict=True))
+    parts = list(zip((steps, *runs, *rows), (step.always, *step.bodies, *step.rows), strict=True))
     return Estimate(
-        1e3 * total / core.clock,
-        1e3 * sum(count * floor(body) for count, body in zip(runs, step.bodies, strict=True)) / core.clock,
+        1e3 * (steps * step.pipeline + sum(count * cycles(part) for count, part in parts)) / core.clock,
+        1e3 * sum(count * floor(part) for count, part in parts) / core.clock,
         1e3 * geometry.hbm_bytes / core.bandwidth,
         kernel.bundles.all_operations["spill"],
     )
+
+
+def _start(part: Part) -> int:
+    return part.start
+
+
+def _for_each(what: str, parts: Sequence[Part], counts: int | tuple[float, ...], name: str) -> tuple[float, ...]:
+    """One number for each of the parts; a tuple's sum where there is but one."""
+    counts = (counts,) * len(parts) if isinstance(counts, int) else counts
+    if len(parts) == 1 and len(counts) > 1:
+        counts = (sum(counts),)
+    if len(counts) != len(parts):
+        found = f"{len(parts)} {what} ({', '.join(str(part.all_bundles) for part in parts)} bundles)"
+        raise ValueError(f"{name} has {found}, the geometry gives {len(counts)} numbers for them: {counts}")
+    return counts

@@ -3,7 +3,7 @@
 import pytest
 
 from kernels.static_estimate import CHIPS, Geometry, Kernel, chip_process, compile_program, estimate
-from kernels.static_estimate.bundles import parse
+from kernels.static_estimate.bundles import Part, parse
 from kernels.static_estimate.estimate import grid_step
 
 # A grid loop (0x2 to 0x1b): a branch around all the work, in it what starts a row, two bodies, what ends a row.
@@ -45,7 +45,7 @@ LB: loop body
   0x1d   :  {}
   0x1e   :  {}
   0x1f   :  {}
-  0x20   :  { %2600 = vsyncpa [#allocation6], 1 } /* End region 1 */
+  0x20   :  { %2600 = vsyncpa [#allocation6], 1 } /* End region 1 :: exit bundle: %toy */
 """
 
 
@@ -79,7 +79,7 @@ def test_instructions_are_counted_where_they_stand_and_comments_are_not():
 
 def test_a_step_is_what_always_runs_bodies_and_rows():
     step = grid_step(kernel().bundles)
-    assert step.bundles == 11 + 15
+    assert (step.pipeline, step.always.bundles, step.always.parts) == (11, 15, [])
     assert [body.start for body in step.bodies] == [19, 26]
     assert [row.start for row in step.rows] == [13]
 
@@ -107,11 +107,11 @@ def test_steps_may_be_given_and_bytes_bound_from_below():
     [
         ((2, None), Geometry(bodies=(5, 1)), "must give its steps"),
         (None, Geometry(bodies=(5, 1)), "must give its steps"),
-        ((2, 3), Geometry(bodies=(6,)), r"multiplies in 2 parts \(2, 1 bundles\), the geometry gives runs of 1"),
+        ((2, 3), Geometry(bodies=(6,)), r"has 2 parts that multiply \(2, 1 bundles\), the geometry gives 1 numbers"),
         (
             (2, 3),
-            Geometry(bodies=(5, 1), rows=(2, 2)),
-            r"has 1 other parts \(1 bundles\), the geometry gives rows of 2",
+            Geometry(bodies=(5, 1), rows=()),
+            r"has 1 other conditional parts \(1 bundles\), the geometry gives 0",
         ),
         ((2, 3), Geometry(bodies=(5, 1), trips=(3,)), "has 0 loops inside a step"),
     ],
@@ -119,6 +119,22 @@ def test_steps_may_be_given_and_bytes_bound_from_below():
 def test_a_geometry_of_another_kernel_is_an_error(grid, geometry, message):
     with pytest.raises(ValueError, match=message):
         estimate(kernel(grid), geometry, "v5e")
+
+
+def test_what_was_written_as_two_bodies_and_became_one_runs_for_both():
+    both = kernel()
+    both.bundles.parts[0].parts[0].parts.pop()  # the second body
+    one = estimate(both, Geometry(bodies=(1, 5), rows=2), "v5e")
+    assert one == estimate(both, Geometry(bodies=(6,), rows=2), "v5e")
+    assert one.floor_milliseconds == pytest.approx(6 * 6 / 1.5e6)
+
+
+def test_branches_beside_the_work_fetch_and_run_at_every_step():
+    fetching, (loop,) = kernel(), kernel().bundles.parts
+    loop.parts.insert(0, Part("branch", 3, 7, bundles=4, parts=[Part("branch", 5, 6, bundles=2)]))
+    fetching.bundles.parts[:] = [loop]
+    step = grid_step(fetching.bundles)
+    assert (step.pipeline, len(step.bodies), len(step.rows)) == (11 + 4 + 2, 2, 1)
 
 
 INNER = """\
@@ -133,24 +149,40 @@ INNER = """\
    0x8   : {}
    0x9   : {}
    0xa   : {}
-   0xb   : {}
+   0xb   : {} /* exit bundle: %inner */
 """
 
 
 def test_a_loop_inside_a_step_runs_as_often_as_the_geometry_says():
     inner = Kernel("inner", (4,), parse(INNER.splitlines(keepends=True)))
-    found = estimate(inner, Geometry(bodies=(4,), trips=(2.5,)), "v6e")
+    found = estimate(inner, Geometry(trips=(2.5,)), "v6e")
     assert found.cycle_milliseconds == pytest.approx(4 * (6 + 2.5 * 6) / 1.75e6)
     assert found.floor_milliseconds == pytest.approx(4 * 2.5 * 4 / 1.75e6)
     with pytest.raises(ValueError, match="has 1 loops inside a step"):
-        estimate(inner, Geometry(bodies=(4,)), "v6e")
+        estimate(inner, Geometry(), "v6e")
+
+
+EXIT = """\
+   0x0   :  { %16 = sbr.rel (%p198_p0) target = $region4 }
+   0x1   :  {}
+   0x2   :  {}
+   0x3   :  {}
+   0x4   :  {}
+   0x5   :  { %151 = sfence } /* Start region 3 */
+   0x6 PF:  {} /* exit bundle: %metadata */
+"""
 
 
 def test_what_is_no_such_file_is_an_error():
     with pytest.raises(ValueError, match="found no bundle"):
         parse(["Schedule analysis:\n"])
-    with pytest.raises(ValueError, match="jumps to region 8, which starts nowhere"):
+    with pytest.raises(ValueError, match="the last of 7 bundles is not the kernel's exit"):
         parse(FILE.splitlines(keepends=True)[:12])
+
+
+def test_a_branch_that_no_comment_answers_goes_to_the_exit():
+    (branch,) = parse(EXIT.splitlines(keepends=True)).parts
+    assert (branch.kind, branch.start, branch.stop) == ("branch", 5, 6)
 
 
 def test_peaks_are_the_published_ones():
