@@ -13,6 +13,7 @@ import kernels
 from benchmarks.tpu_static.public import gradient
 from benchmarks.tpu_static.shapes import Attention, Experts
 from kernels.static_estimate import Geometry, Kernel
+from kernels.static_estimate.attention import attention_geometry
 
 
 def _missing(kernel: str) -> str | None:
@@ -31,38 +32,26 @@ class OurAttention:
     def missing(self) -> str | None:
         return _missing("attention")
 
-    def program(self) -> tuple[Callable, tuple[Any, ...]]:
+    def _arrays(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
         shape = self.shape
-
-        def attend(q, k, v, *ids):
-            mask = kernels.Mask(causal=shape.causal, window=shape.window, q_segment_ids=ids[0] if ids else None)
-            return kernels.attention(q, k, v, mask, backend="tpu")
-
         q = jax.ShapeDtypeStruct((shape.B, shape.T, shape.N, shape.H), jnp.bfloat16)
-        k = jax.ShapeDtypeStruct((shape.B, shape.T, shape.K, shape.H), jnp.bfloat16)
+        return q, jax.ShapeDtypeStruct((shape.B, shape.T, shape.K, shape.H), jnp.bfloat16)
+
+    def _mask(self, segment_ids) -> kernels.Mask:
+        return kernels.Mask(causal=self.shape.causal, window=self.shape.window, q_segment_ids=segment_ids)
+
+    def program(self) -> tuple[Callable, tuple[Any, ...]]:
+        def attend(q, k, v, *ids):
+            return kernels.attention(q, k, v, self._mask(*ids or (None,)), backend="tpu")
+
+        (q, k), shape = self._arrays(), self.shape
         ids = (jax.ShapeDtypeStruct((shape.B, shape.T), jnp.int32),) if shape.documents else ()
         return gradient(attend, 3) if self.backward else attend, (q, k, k, *ids)
 
     def geometry(self, kernel: Kernel, number: int) -> Geometry:
-        """Both kernels read q in blocks `1 heads H queries`, k `1 heads keys H`; the backward takes pieces."""
-        from kernels.attention.tpu import blocks, tuning
-
-        shape = self.shape
-        (_, heads, _, queries), (_, _, keys, _) = kernel.blocks[:2]
+        (q, k), shape = self._arrays(), self.shape
         ids = np.broadcast_to(shape.segment_ids, (shape.B, shape.T)) if shape.documents else None
-        mask = kernels.Mask(causal=shape.causal, window=shape.window, q_segment_ids=ids)
-        if shape.T % keys:
-            mask = replace(mask, kv_length=shape.T)
-        extent = blocks.Extent(shape.T, shape.T, queries, keys)
-        each, first_pass = shape.N // heads, ()
-        if kernel.name == "attention_backward":
-            extent, first_pass = tuning.pieces(extent, 2 * shape.H)[number], (shape.B * shape.K,)
-        plan = blocks.plan(mask, extent)
-        entries = np.broadcast_to(plan.table, (shape.B, np.shape(plan.table)[1]))
-        runs = tuple(each * int((entries & 3 == kind).sum()) for kind in sorted(plan.kinds - {blocks.NOTHING}))
-        opened = each * int((entries & blocks.FIRST != 0).sum())
-        rows = (*first_pass, opened) if first_pass else opened
-        return Geometry(runs, rows, steps=each * shape.B * int(plan.visits))
+        return attention_geometry(kernel, number, q, k, k, self._mask(ids))
 
 
 @dataclass(frozen=True)
