@@ -57,7 +57,7 @@ class Attention:
         heads = self.B * self.N
         full, masked = self.blocks(block_q, block_kv)
         rows = -(-self.T // (block_q if rows_of == "queries" else block_kv))
-        return Geometry(bodies=(heads * full, heads * masked), rows=heads * rows)
+        return Geometry(bodies=(heads * full, heads * masked), rows=(heads * rows,))
 
 
 ATTENTION = {
@@ -114,7 +114,7 @@ class Experts:
         inner, outer = -(-self.D // tile_k), -(-self.F // tile_n)
         visits = self.visits(tile_m) * outer
         read = self.M * self.D * outer + (self.E if inner == 1 else self.visits(tile_m)) * self.D * self.F
-        return Geometry(rows=visits, steps=visits * inner, hbm_bytes=2 * (read + self.M * self.F))
+        return Geometry(rows=(visits,), steps=visits * inner, hbm_bytes=2 * (read + self.M * self.F))
 
 
 EXPERTS = {

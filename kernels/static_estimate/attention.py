@@ -28,5 +28,5 @@ def attention_geometry(kernel: Kernel, number: int, q, k, v, mask: Mask) -> Geom
     bodies = tuple(each * int((entries & 3 == kind).sum()) for kind in sorted(plan.kinds - {blocks.NOTHING}))
     opened = each * int((entries & blocks.FIRST != 0).sum())
     # The backward also clears what it sums for a key head, once for each of those.
-    rows = (batch * num_kv_heads, opened) if backward else opened
+    rows = (batch * num_kv_heads, opened) if backward else (opened,)
     return Geometry(bodies, rows, steps=each * batch * int(plan.visits))

@@ -19,14 +19,15 @@ class Geometry:
 
     Args:
         bodies: runs of each conditional part that multiplies (a block that needs no mask, one that does).
-        rows: runs of each other conditional part (what starts and ends a row of blocks), or one number for all.
+        rows: runs of each other conditional part (what starts and ends a row of blocks); the last number stands for all
+            that follow, as the compiler may add some that write back.
         steps: steps of the grid; None takes the grid's own size, which must then be static.
         trips: passes of each loop inside a step.
         hbm_bytes: read from and written to HBM; 0 leaves the memory bound out.
     """
 
     bodies: tuple[int, ...] = ()
-    rows: int | tuple[int, ...] = 0
+    rows: tuple[int, ...] = (0,)
     steps: int | None = None
     trips: tuple[float, ...] = ()
     hbm_bytes: int = 0
@@ -99,7 +100,8 @@ def estimate(kernel: Kernel, geometry: Geometry, chip: str) -> Estimate:
             raise ValueError(f"{kernel.name}'s grid is {kernel.grid}: the geometry must give its steps")
         steps = prod(kernel.grid)
     runs = _for_each("parts that multiply", step.bodies, geometry.bodies, kernel.name)
-    rows = _for_each("other conditional parts", step.rows, geometry.rows, kernel.name)
+    further = len(step.rows) - len(geometry.rows)
+    rows = _for_each("other conditional parts", step.rows, geometry.rows + geometry.rows[-1:] * further, kernel.name)
     inside = [part for top in (step.always, *step.bodies, *step.rows) for part in top.walk()]
     loops = sorted((part for part in inside if part.kind == "loop" and part is not step.always), key=_start)
     passes = _for_each("loops inside a step", loops, geometry.trips, kernel.name)
@@ -125,11 +127,9 @@ def _start(part: Part) -> int:
     return part.start
 
 
-def _for_each(what: str, parts: Sequence[Part], counts: int | tuple[float, ...], name: str) -> tuple[float, ...]:
-    """One number for each of the parts; a tuple's sum where there is but one."""
-    counts = (counts,) * len(parts) if isinstance(counts, int) else counts
-    if len(parts) == 1 and len(counts) > 1:
-        counts = (sum(counts),)
+def _for_each(what: str, parts: Sequence[Part], counts: tuple[float, ...], name: str) -> tuple[float, ...]:
+    """One number for each of the parts; their sum where there is but one."""
+    counts = (sum(counts),) if len(parts) == 1 and counts else counts
     if len(counts) != len(parts):
         found = f"{len(parts)} {what} ({', '.join(str(part.all_bundles) for part in parts)} bundles)"
         raise ValueError(f"{name} has {found}, the geometry gives {len(counts)} numbers for them: {counts}")

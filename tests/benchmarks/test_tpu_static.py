@@ -69,7 +69,7 @@ def test_a_compiled_product_has_the_counts_known_by_hand(chip, side):
     assert step.always.all_matmuls == {"bf16": BLOCK_M // 16 * (BLOCK_K // side) * (BLOCK_N // side)}
     assert (len(step.bodies), len(step.rows)) == (0, 2)
     assert program.argument_bytes == 2 * program.output_bytes == 4 * SIZE**2
-    found = estimate(kernel, Geometry(rows=8), chip)
+    found = estimate(kernel, Geometry(rows=(8,)), chip)
     peak = {"v5e": 197e12, "v6e": 918e12}[chip]
     assert found.floor_milliseconds == pytest.approx(1e3 * 2 * SIZE**3 / peak, rel=0.02)
     assert found.floor_milliseconds < found.milliseconds < 10 * found.floor_milliseconds
@@ -109,8 +109,8 @@ def test_blocks_are_counted_as_the_mask_says(shape, blocks):
 
 def test_causal_rows_of_blocks():
     geometry = Attention(B=2, N=3, K=1, T=64, H=8).geometry(16, 32)
-    assert geometry == Geometry(bodies=(6 * 2, 6 * 4), rows=6 * 4)
-    assert Attention(B=2, N=3, K=1, T=64, H=8).geometry(16, 32, rows_of="keys").rows == 6 * 2
+    assert geometry == Geometry(bodies=(6 * 2, 6 * 4), rows=(6 * 4,))
+    assert Attention(B=2, N=3, K=1, T=64, H=8).geometry(16, 32, rows_of="keys").rows == (6 * 2,)
 
 
 def test_a_tile_is_visited_once_for_each_expert_with_rows_in_it():
