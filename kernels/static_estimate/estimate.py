@@ -101,7 +101,8 @@ def estimate(kernel: Kernel, geometry: Geometry, chip: str) -> Estimate:
         steps = prod(kernel.grid)
     runs = _for_each("parts that multiply", step.bodies, geometry.bodies, kernel.name)
     further = len(step.rows) - len(geometry.rows)
-    rows = _for_each("other conditional parts", step.rows, geometry.rows + geometry.rows[-1:] * further, kernel.name)
+    rows = geometry.rows + geometry.rows[-1:] * further if step.rows else ()
+    rows = _for_each("other conditional parts", step.rows, rows, kernel.name)
     inside = [part for top in (step.always, *step.bodies, *step.rows) for part in top.walk()]
     loops = sorted((part for part in inside if part.kind == "loop" and part is not step.always), key=_start)
     passes = _for_each("loops inside a step", loops, geometry.trips, kernel.name)
