@@ -29,7 +29,7 @@ def gradient(function: Callable, arguments: int) -> Callable:
 
 @dataclass(frozen=True)
 class Splash:
-    """Splash attention by JAX or by tokamax, in blocks of `block` by `block`, keys taken 512 at a time; fused backward.
+    """Splash attention by JAX or by tokamax, in blocks of `block` by `block`, `compute` keys at a time; fused backward.
 
     Layout B N T H, which is the kernels' own. Neither takes queries or keys that are no whole number of blocks: 729 are
     padded, and the padding is a segment of its own. Segment ids hide keys, they save no block.
@@ -39,11 +39,12 @@ class Splash:
     block: int
     shape: Attention
     backward: bool
+    compute: int = 512
     lp_scheduler: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.package} splash {self.block}{' lp' if self.lp_scheduler else ''}"
+        return f"{self.package} splash {self.block}/{self.compute}{' lp' if self.lp_scheduler else ''}"
 
     def missing(self) -> str | None:
         return _missing(self.package)
@@ -64,7 +65,7 @@ class Splash:
         mask = masks.CausalMask(size) if shape.causal else masks.FullMask(size)
         if shape.window is not None:
             mask = masks.LocalMask(size, (shape.window - 1, 0), 0)
-        block, compute = min(self.block, shape.T), min(self.block, shape.T, 512)
+        block, compute = min(self.block, shape.T), min(self.compute, shape.T)
         compute = compute if block % compute == 0 else block
         sizes = dict(block_q=block, block_kv=block, block_kv_compute=compute)
         sizes |= dict(block_q_dkv=block, block_kv_dkv=block, block_kv_dkv_compute=compute)
@@ -144,9 +145,15 @@ def _missing(package: str) -> str | None:
 
 
 def splash_settings(shape: Attention, backward: bool) -> tuple[Splash, ...]:
-    settings = (("jax", 1024, False), ("jax", 512, False))
-    settings += (("tokamax", 1024, False), ("tokamax", 1024, True), ("tokamax", 512, False))
-    return tuple(Splash(package, block, shape, backward, lp) for package, block, lp in settings)
+    settings = (
+        ("jax", 1024, 512, False),
+        ("jax", 512, 512, False),
+        ("tokamax", 1024, 512, False),
+        ("tokamax", 1024, 512, True),
+        ("tokamax", 1024, 256, False),
+        ("tokamax", 512, 512, False),
+    )
+    return tuple(Splash(package, block, shape, backward, keys, lp) for package, block, keys, lp in settings)
 
 
 def grouped_settings(shape: Experts) -> tuple[RaggedDot, ...]:
