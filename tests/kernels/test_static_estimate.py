@@ -1,8 +1,20 @@
 """The reader of bundles on lines written by hand, and the arithmetic of the estimate on the tree that comes of them."""
 
-import pytest
+from types import SimpleNamespace
 
-from kernels.static_estimate import CHIPS, Geometry, Kernel, chip_process, compile_program, estimate
+import pytest
+from jax.experimental import pallas as pl
+
+from kernels.static_estimate import (
+    CHIPS,
+    CompileError,
+    Geometry,
+    Kernel,
+    chip_process,
+    compile_program,
+    compiler,
+    estimate,
+)
 from kernels.static_estimate.bundles import Part, parse
 from kernels.static_estimate.estimate import grid_step
 
@@ -203,6 +215,30 @@ def test_peaks_are_the_published_ones():
     for name, chip in CHIPS.items():
         flops = 2 * 16 * side[name] ** 2 * chip.matrix_units / chip.matmul_cycles * chip.clock
         assert flops == pytest.approx(peak[name], rel=0.02), name
+
+
+def test_a_compiled_kernel_finds_its_call_by_name(tmp_path, monkeypatch):
+    def call(name, *grid):
+        block = SimpleNamespace(block_shape=(pl.Squeezed(), pl.Element(8), 16))
+        return {"name": name, "grid_mapping": SimpleNamespace(grid=grid, block_mappings=[block])}
+
+    monkeypatch.setattr(compiler, "_dump", SimpleNamespace(name=str(tmp_path)))
+    for name in ("jvp_toy_outer_.2", "toy.1", "ragged-dot-none"):
+        (tmp_path / f"17-{name}-03-final_bundles.txt").write_text(FILE)
+        (tmp_path / f"17-{name}-02-schedule-analysis_final_bundles.txt").write_text("")
+    calls = [call("toy", 2, 3), call("toy_outer", 5, object())]
+    outer = compiler._kernel("jvp_toy_outer_.2", ', metadata={op_name="x"}', calls)
+    assert (outer.name, outer.grid, outer.blocks) == ("toy_outer", (5, None), ((1, 8, 16),))
+    assert compiler._kernel("toy.1", "", calls).grid == (2, 3)
+    hlo = ', frontend_attributes={mosaic_fusion_entry_point="true",ragged_dot_tiling="128,2048,640"}, metadata={}'
+    ragged = compiler._kernel("ragged-dot-none", hlo, calls)
+    assert (ragged.name, ragged.grid, ragged.attributes["ragged_dot_tiling"]) == (
+        "ragged-dot-none",
+        None,
+        "128,2048,640",
+    )
+    with pytest.raises(CompileError, match="wrote 0 files of final bundles for the kernel other.1"):
+        compiler._kernel("other.1", "", calls)
 
 
 def test_an_unknown_chip_and_a_process_that_is_no_chip_s():
