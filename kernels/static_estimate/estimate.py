@@ -88,8 +88,9 @@ def _outermost_loops(part: Part) -> Iterator[Part]:
 def estimate(kernel: Kernel, geometry: Geometry, chip: str) -> Estimate:
     """cycles = steps · bundles of every step + Σ runs · max(bundles, matrix-unit floor) + rows · bundles of a row.
 
-    Not counted: waiting for DMA, conflicts of VMEM banks, XLA's own operations around the kernel. Trust differences
-    above a tenth between forms of one kernel on one chip, and nothing for steps shorter than a microsecond.
+    Branches inside a body count as taken. Not counted: waiting for DMA, conflicts of VMEM banks, XLA's own operations
+    around the kernel. Trust differences above a tenth between forms of one kernel on one chip, and nothing for steps
+    shorter than a microsecond.
 
     Raises ValueError: the geometry does not describe this kernel (its steps, bodies or inner loops).
     """
