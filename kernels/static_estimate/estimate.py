@@ -18,7 +18,8 @@ class Geometry:
     written as several, it runs as often as they do together.
 
     Args:
-        bodies: runs of each conditional part that multiplies (a block that needs no mask, one that does).
+        bodies: runs of each conditional part that multiplies (a block that needs no mask, one that does); where the
+            compiler found that it always runs, they must sum to the steps.
         rows: runs of each other conditional part (what starts and ends a row of blocks); the last number stands for all
             that follow, as the compiler may add some that write back.
         steps: steps of the grid; None takes the grid's own size, which must then be static.
@@ -100,7 +101,8 @@ def estimate(kernel: Kernel, geometry: Geometry, chip: str) -> Estimate:
         if kernel.grid is None or None in kernel.grid:
             raise ValueError(f"{kernel.name}'s grid is {kernel.grid}: the geometry must give its steps")
         steps = prod(kernel.grid)
-    runs = _for_each("parts that multiply", step.bodies, geometry.bodies, kernel.name)
+    unconditional = not step.bodies and step.always.all_matmuls and sum(geometry.bodies) == steps
+    runs = () if unconditional else _for_each("parts that multiply", step.bodies, geometry.bodies, kernel.name)
     further = len(step.rows) - len(geometry.rows)
     rows = geometry.rows + geometry.rows[-1:] * further if step.rows else ()
     rows = _for_each("other conditional parts", step.rows, rows, kernel.name)

@@ -181,6 +181,9 @@ def test_a_loop_inside_a_step_runs_as_often_as_the_geometry_says():
     found = estimate(inner, Geometry(trips=(2.5,)), "v6e")
     assert found.cycle_milliseconds == pytest.approx(4 * (6 + 2.5 * 6) / 1.75e6)
     assert found.floor_milliseconds == pytest.approx(4 * 2.5 * 4 / 1.75e6)
+    assert estimate(inner, Geometry(bodies=(4, 0), trips=(2.5,)), "v6e") == found
+    with pytest.raises(ValueError, match="has 0 parts that multiply"):
+        estimate(inner, Geometry(bodies=(3, 0), trips=(2.5,)), "v6e")
     with pytest.raises(ValueError, match="has 1 loops inside a step"):
         estimate(inner, Geometry(), "v6e")
 
