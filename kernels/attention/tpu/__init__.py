@@ -1,0 +1,23 @@
+"""Flash attention for TPUs in Pallas Mosaic, forward and backward. Nothing of Pallas is imported before it is called."""
+
+from kernels.attention.mask import Mask
+
+
+def refusal(q, k, v, mask: Mask, scale: float, logit_softcap: float | None, sinks) -> str | None:
+    """Why the kernel can't do this; None where it can."""
+    if q.dtype == "float64":
+        return "the TPU has no float64"
+    if q.shape[-1] % 8 or v.shape[-1] % 8:
+        return f"head dims must be multiples of 8, found {q.shape[-1]} and {v.shape[-1]}"
+    if not scale > 0:
+        return f"the scale must be positive, found {scale}"
+    from kernels.attention.tpu import blocks
+
+    return blocks.refusal(q, k, v, mask)
+
+
+def attention(q, k, v, mask: Mask, scale: float, logit_softcap: float | None, sinks):
+    """As `reference.attention`, for what `refusal` lets pass; memory grows with T + S."""
+    from kernels.attention.tpu import flash
+
+    return flash.attention(q, k, v, mask, scale, logit_softcap, sinks)
