@@ -61,13 +61,13 @@ class Place(NamedTuple):
 
 def tiles(sizes: Sizes, kind: int) -> list[tuple[int, int, int, int]]:
     """(first query, queries, first key, keys) of a block's tiles; on the diagonal only of those that see something."""
+    height = min(sizes.tile_keys, sizes.diagonal_keys) if kind == DIAGONAL else sizes.tile_keys
     found = []
     for q in range(0, sizes.queries, sizes.tile_queries):
-        for k in range(0, sizes.keys, sizes.tile_keys):
-            # Keys before the tile's last query are seen; queries before its first key see nothing of it.
-            begin = max(q, k) if kind == DIAGONAL else q
+        for k in range(0, sizes.keys, height):
+            begin = max(q, k) if kind == DIAGONAL else q  # queries before a tile's first key see nothing of it
             if begin < q + sizes.tile_queries:
-                found.append((begin, q + sizes.tile_queries - begin, k, sizes.tile_keys))
+                found.append((begin, q + sizes.tile_queries - begin, k, height))
     return found
 
 

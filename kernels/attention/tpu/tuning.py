@@ -9,6 +9,8 @@ GRADIENT_BYTES = 24 * 2**20  # for two copies of d_k and d_v in a backward kerne
 class Sizes(NamedTuple):
     """A step of the grid works on `heads` heads, `queries` times `keys`, in tiles of `tile_queries` times `tile_keys`.
 
+    heads: of the forward kernel; the more, the less of it waits for the first product and for the last.
+    diagonal_keys: keys of a tile on the diagonal, where small tiles leave more of the hidden half out.
     lp_scheduler: the compiler's scheduler by linear programming.
     """
 
@@ -17,6 +19,7 @@ class Sizes(NamedTuple):
     tile_queries: int
     tile_keys: int
     heads: int = 1
+    diagonal_keys: int = 256
     lp_scheduler: bool = True
 
 
