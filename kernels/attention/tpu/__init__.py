@@ -11,9 +11,12 @@ def refusal(q, k, v, mask: Mask, scale: float, logit_softcap: float | None, sink
         return f"head dims must be multiples of 8, found {q.shape[-1]} and {v.shape[-1]}"
     if not scale > 0:
         return f"the scale must be positive, found {scale}"
-    from kernels.attention.tpu import blocks
+    from kernels.attention.tpu import blocks, tuning
 
-    return blocks.refusal(q, k, v, mask)
+    sizes = tuning.backward(q, k, v, mask), tuning.forward(q, k, v, mask)
+    extents = [blocks.Extent(q.shape[1], k.shape[1], *size[:2]) for size in sizes]
+    reasons = (blocks.refusal(mask, q.shape[0], extent) for extent in extents)
+    return next((reason for reason in reasons if reason), None)
 
 
 def attention(q, k, v, mask: Mask, scale: float, logit_softcap: float | None, sinks):

@@ -13,17 +13,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels.attention.tpu.blocks import FIRST, LAST, NOTHING, Blocks
-from kernels.attention.tpu.tile import HIDDEN, LOG2_E, Logit, Place, Seen, compiler_params, dot, tiles, visible
+from kernels.attention.tpu.tile import HIDDEN, Logit, Place, Seen, compiler_params, dot, tiles, visible
 from kernels.attention.tpu.tuning import Sizes
 
 
 def backward(
-    blocks: Blocks, numbers, q, k, k_columns, v, q_ids, k_ids, d_out, lse, delta, *, first_key, seen, logit, sizes: Sizes
+    blocks: Blocks, numbers, q, k, k_columns, v, q_ids, k_ids, d_out, stats, *, first_key, seen, logit, sizes: Sizes
 ):
     """d_q `B N H T`, d_k `B K H S`, d_v `B K V S` in float32, of z = q·k: the scale is left to the caller.
 
-    Args as in `forward`; k_columns: `B K H S`. v: `B K S V`. d_out: `B N V T`. lse: float32 `B N 1 T`, NEVER for a row
-    that sees nothing. delta: float32 `B N 1 T`, rowsum(d_out · out) - d_lse. Keys start at position first_key.
+    Args as in `forward`; k_columns: `B K H S`. v: `B K S V`. d_out: `B N V T`. stats: float32 `B N 3 T`: highest z, log2
+    of the sum of weights relative to it (NEVER for a row that sees nothing), rowsum(d_out · out) - d_lse. Keys start
+    at position first_key.
     """
     batch, num_heads, head_dim, num_queries = q.shape
     num_kv_heads, num_keys, v_dim = v.shape[1:]
@@ -53,10 +54,9 @@ def backward(
         pl.BlockSpec((1, 1, head_dim, sizes.keys), k_columns_block),
         pl.BlockSpec((1, 1, sizes.keys, v_dim), k_block),
         pl.BlockSpec((1, 1, v_dim, sizes.queries), q_block),
-        pl.BlockSpec((1, 1, 1, sizes.queries), q_block),
-        pl.BlockSpec((1, 1, 1, sizes.queries), q_block),
+        pl.BlockSpec((1, 1, 3, sizes.queries), q_block),
     ]
-    arrays = [q, k, k_columns, v, d_out, lse, delta]
+    arrays = [q, k, k_columns, v, d_out, stats]
     if q_ids is not None:
         in_specs.append(pl.BlockSpec((1, q_ids.shape[1], sizes.queries), q_ids_block))
         in_specs.append(pl.BlockSpec((1, k_ids.shape[1], sizes.keys), k_ids_block))
@@ -92,7 +92,7 @@ def backward(
 
 
 def _kernel(blocks, seen: Seen, logit: Logit, sizes, group, first_key, has_ids, *refs):
-    table, numbers, q, k, k_columns, v, d_out, lse, delta, *refs = refs
+    table, numbers, q, k, k_columns, v, d_out, stats, *refs = refs
     q_ids, k_ids, *refs = refs if has_ids else (None, None, *refs)
     d_q, d_k, d_v = refs
     b, n, step = (pl.program_id(axis) for axis in range(3))
@@ -127,8 +127,9 @@ def _kernel(blocks, seen: Seen, logit: Logit, sizes, group, first_key, has_ids, 
             z = logit.bound(z)
             allowed = visible(seen, place, tile, None if q_ids is None else q_ids[0], None if k_ids is None else k_ids[0])
             shown = z if allowed is None else jnp.where(allowed, z, HIDDEN)
-            p = jnp.exp2(shown * logit.factor - lse[0, 0, :, queries] * LOG2_E)
-            d_z = p * (d_p - delta[0, 0, :, queries])
+            top, total, delta = (stats[0, 0, row : row + 1, queries] for row in range(3))
+            p = jnp.exp2((shown - top) * logit.factor - total)
+            d_z = p * (d_p - delta)
             d_z = d_z if logit.inner is None else d_z * (1 - z * z)
             return p.astype(q.dtype), d_z.astype(q.dtype)
 

@@ -20,6 +20,7 @@ from kernels.attention.mask import Mask
 NOTHING, PART, FULL, DIAGONAL = range(4)
 FIRST, LAST = 4, 8
 FAR = 2**30  # beyond any position
+MAX_ENTRIES = 96 * 1024  # of 1 MiB of scalar memory
 
 
 class Blocks(NamedTuple):
@@ -158,3 +159,15 @@ def _ranges(ids, length: int, size: int, start: int):
     low = jnp.where(ids == 0, jnp.iinfo(ids.dtype).max, ids).min(axis=2)
     high = jnp.where(ids == 0, jnp.iinfo(ids.dtype).min, ids).max(axis=2)
     return low, high, (low == high) & (ids != 0).all(axis=2)
+
+
+def refusal(mask: Mask, rows: int, extent: Extent) -> str | None:
+    """Why the list of visits is too long for the memory of scalars (1 MiB); None where it fits."""
+    rows = 1 if _known(mask) is mask else rows
+    num_queries, num_keys = map(len, extent.starts())
+    if num_keys > 4096 or rows * num_queries * num_keys > MAX_ENTRIES:
+        return (
+            f"{rows} lists of {num_queries} x {num_keys} blocks are more than {MAX_ENTRIES} entries or 4096 key blocks; "
+            "fewer rows at a time fit"
+        )
+    return None

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from kernels.attention.mask import Mask, clear_padding
 from kernels.attention.tpu import backward, blocks, forward, tuning
-from kernels.attention.tpu.tile import NEVER, Logit, Seen
+from kernels.attention.tpu.tile import LOG2_E, NEVER, Logit, Seen
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
@@ -28,7 +28,7 @@ def _forward(q, k, v, mask, scale, softcap, sinks):
     mask = _with_length(mask, num_keys, sizes.keys)
     extent = blocks.Extent(num_queries, num_keys, sizes.queries, sizes.keys)
     q_ids, k_ids = _ids(mask, sizes)
-    out, lse = forward.forward(
+    out, stats = forward.forward(
         blocks.plan(mask, extent),
         _numbers(mask, num_keys),
         _pad(live_q, sizes.queries).transpose(0, 2, 3, 1),
@@ -42,31 +42,45 @@ def _forward(q, k, v, mask, scale, softcap, sinks):
         sizes=sizes,
     )
     out = out.transpose(0, 3, 1, 2)[:, :num_queries]
-    keys_lse = lse[:, :, 0, :num_queries].transpose(0, 2, 1)
-    lse = keys_lse if sinks is None else jnp.logaddexp(keys_lse, sinks.astype(jnp.float32))
-    return (out, lse), (q, k, v, mask, sinks, out, keys_lse)
+    stats = stats[..., :num_queries]
+    top, total = _log2(stats, Logit.of(scale, softcap), sinks)
+    return (out, _rows(top + total) / LOG2_E), (q, k, v, mask, sinks, out, stats)
+
+
+def _log2(stats, logit: Logit, sinks):
+    """log2 of the heaviest weight, and of the sum of weights and sink relative to it, both `B N T`; -inf is no weight."""
+    top, total = stats[:, :, 0] * logit.factor, jnp.log2(stats[:, :, 1])
+    if sinks is not None:
+        top = jnp.where(stats[:, :, 1] > 0, top, 0)
+        total = jnp.logaddexp2(total, sinks.astype(jnp.float32)[:, None] * LOG2_E - top)
+    return top, total
+
+
+def _rows(x):
+    """`B N T` to `B T N`."""
+    return x.swapaxes(1, 2)
 
 
 def _backward(scale, softcap, saved, cotangents):
-    q, k, v, mask, sinks, out, keys_lse = saved
+    q, k, v, mask, sinks, out, stats = saved
     d_out, d_lse = cotangents
     num_keys = k.shape[1]
-    live = jnp.isfinite(keys_lse)
-    lse = keys_lse if sinks is None else jnp.logaddexp(keys_lse, sinks.astype(jnp.float32))
+    logit = Logit.of(scale, softcap)
+    live = stats[:, :, 1] > 0
+    top, total = _log2(stats, logit, sinks)
     # A row that sees no key has no gradient, whatever it is told; a sink gives it a log-sum-exp.
-    d_out = jnp.where(live[..., None], d_out, 0)
-    d_lse = jnp.where(live, d_lse, 0) if sinks is None else d_lse
-    delta = jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_lse
+    d_out = jnp.where(_rows(live)[..., None], d_out, 0)
+    d_lse = jnp.where(_rows(live), d_lse, 0) if sinks is None else d_lse
+    delta = (jnp.sum(d_out.astype(jnp.float32) * out.astype(jnp.float32), axis=-1) - d_lse).swapaxes(1, 2)
 
     sizes = tuning.backward(q, k, v, mask)
-    extent, logit = blocks.Extent(q.shape[1], num_keys, sizes.queries, sizes.keys), Logit.of(scale, softcap)
+    extent = blocks.Extent(q.shape[1], num_keys, sizes.queries, sizes.keys)
     live_q, live_k, live_v = clear_padding(mask, q, k, v)
     mask = _with_length(mask, num_keys, sizes.keys)
     q_ids, k_ids = _ids(mask, sizes)
     q_columns, d_out = (_pad(x, sizes.queries).transpose(0, 2, 3, 1) for x in (live_q, d_out.astype(v.dtype)))
-    lse_row, delta_row = (
-        _pad(x, sizes.queries).transpose(0, 2, 1)[:, :, None] for x in (jnp.where(live, lse, NEVER), delta)
-    )
+    stats = jnp.stack([jnp.where(live, stats[:, :, 0], 0), jnp.where(live, total, NEVER), delta], axis=2)
+    stats = jnp.pad(stats, ((0, 0),) * 3 + ((0, -stats.shape[3] % sizes.queries),))
     k_rows, v_rows = (_pad(x, sizes.keys).transpose(0, 2, 1, 3) for x in (live_k, live_v))
     d_q, d_k, d_v = 0.0, [], []
     for piece in tuning.pieces(extent, k.shape[-1] + v.shape[-1]):
@@ -81,8 +95,7 @@ def _backward(scale, softcap, saved, cotangents):
             q_ids,
             None if k_ids is None else k_ids[:, :, keys],
             d_out,
-            lse_row,
-            delta_row,
+            stats,
             first_key=piece.first_key,
             seen=_seen(mask),
             logit=logit,
@@ -97,8 +110,8 @@ def _backward(scale, softcap, saved, cotangents):
 
     d_sinks = None
     if sinks is not None:
-        share = jnp.exp(sinks.astype(jnp.float32) - lse)
-        d_sinks = -jnp.sum(share * delta, axis=(0, 1)).astype(sinks.dtype)
+        share = jnp.exp2(sinks.astype(jnp.float32)[:, None] * LOG2_E - top - total)
+        d_sinks = -jnp.sum(share * delta, axis=(0, 2)).astype(sinks.dtype)
     d_q = finish(d_q, q.shape[1], scale, q.dtype)
     d_k = finish(jnp.concatenate(d_k, axis=3), num_keys, scale, k.dtype)
     return d_q, d_k, finish(jnp.concatenate(d_v, axis=3), num_keys, 1.0, v.dtype), None, d_sinks

@@ -13,7 +13,9 @@ from kernels.attention.tpu.tuning import Sizes
 
 
 def forward(blocks: Blocks, numbers, q, k, v, q_ids, k_ids, sinks, *, seen: Seen, logit: Logit, sizes: Sizes):
-    """Output `B N V T` in q's type and log-sum-exp `B N 1 T` of the keys alone (-inf where a query sees none).
+    """Output `B N V T` in q's type, and float32 `B N 2 T` of the keys alone: the highest z = q·k (`tile.Logit`), and the
+    sum of the weights relative to it, 0 where a query sees none. (Their log-sum-exp would lose small weights' digits
+    beside large logits.)
 
     numbers: int32 `1 3` or `B 3`: q_offset, prefix_length, kv_length. q: `B N H T`, k: `B K S H`, v: `B K V S`.
     q_ids, k_ids: int32 `B R T`, `B R S`, or None. sinks: float32 `N`, or None. T and S are multiples of the blocks'.
@@ -58,7 +60,7 @@ def forward(blocks: Blocks, numbers, q, k, v, q_ids, k_ids, sinks, *, seen: Seen
         functools.partial(_kernel, blocks, seen, logit, sizes, group, q_ids is not None, sinks is not None),
         out_shape=(
             jax.ShapeDtypeStruct((batch, num_heads, v_dim, num_queries), q.dtype),
-            jax.ShapeDtypeStruct((batch, num_heads, 1, num_queries), jnp.float32),
+            jax.ShapeDtypeStruct((batch, num_heads, 2, num_queries), jnp.float32),
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=len(prefetched),
@@ -66,7 +68,7 @@ def forward(blocks: Blocks, numbers, q, k, v, q_ids, k_ids, sinks, *, seen: Seen
             in_specs=in_specs,
             out_specs=[
                 pl.BlockSpec((1, heads, v_dim, sizes.queries), q_block),
-                pl.BlockSpec((1, heads, 1, sizes.queries), q_block),
+                pl.BlockSpec((1, heads, 2, sizes.queries), q_block),
             ],
             scratch_shapes=[
                 pltpu.VMEM((heads, 1, sizes.queries), jnp.float32),
@@ -89,7 +91,7 @@ def _kernel(blocks, seen, logit, sizes, group, has_ids, has_sinks, *refs):
     sinks, *refs = refs if has_sinks else (None, *refs)
     q, k, v, *refs = refs
     q_ids, k_ids, *refs = refs if has_ids else (None, None, *refs)
-    out, lse, top, total, sums = refs
+    out, stats, top, total, sums = refs
     b, n, step = (pl.program_id(axis) for axis in range(3))
     entry = table[b if blocks.table.shape[0] > 1 else 0, step]
     row = b if numbers.shape[0] > 1 else 0
@@ -151,16 +153,7 @@ def _kernel(blocks, seen, logit, sizes, group, has_ids, has_sinks, *refs):
     def _():
         for h in range(sizes.heads):
             whole = jnp.sum(total[h], axis=0, keepdims=True)
-            seen_any = whole > 0
-            safe = jnp.where(seen_any, whole, 1)
-            lse[0, h] = jnp.where(seen_any, top[h] * (logit.factor / LOG2_E) + jnp.log(safe), -jnp.inf)
-            share = 1 / safe
-            if has_sinks:
-                # exp(sink - maximum) joins the denominator, and where it is the larger number, all is in its units.
-                excess = sinks[n * sizes.heads + h] * LOG2_E - top[h] * logit.factor
-                share = jnp.where(
-                    excess > 0,
-                    jnp.exp2(-jnp.maximum(excess, 0)) / (safe * jnp.exp2(-jnp.maximum(excess, 0)) + 1),
-                    1 / (safe + jnp.exp2(jnp.minimum(excess, 0))),
-                )
-            out[0, h] = (sums[h] * jnp.where(seen_any, share, 0)).astype(out.dtype)
+            stats[0, h, :1], stats[0, h, 1:] = top[h], whole
+            if has_sinks:  # in units of exp(maximum): infinite where the sink takes all
+                whole = jnp.where(whole > 0, whole + jnp.exp2(sinks[n * sizes.heads + h] * LOG2_E - top[h] * logit.factor), 0)
+            out[0, h] = (sums[h] * jnp.where(whole > 0, 1 / jnp.where(whole > 0, whole, 1), 0)).astype(out.dtype)

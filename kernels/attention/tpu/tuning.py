@@ -1,8 +1,12 @@
-"""Sizes of blocks and tiles, per chip and shape."""
+"""Sizes of blocks and tiles, per chip and shape: a table filled from the compiler's own schedules."""
 
 from typing import NamedTuple
 
+import jax
 
+from kernels.attention.mask import Mask
+
+LANES = 128
 GRADIENT_BYTES = 24 * 2**20  # for two copies of d_k and d_v in a backward kernel
 
 
@@ -23,12 +27,31 @@ class Sizes(NamedTuple):
     lp_scheduler: bool = True
 
 
-def forward(q, k, v, mask) -> Sizes:
-    return Sizes(1024, 1024, 512, 512)
+# Per kernel and class of mask: "whole" (full, causal), "pieces" (segments or short windows: small blocks skip more).
+DEFAULT = {
+    ("forward", "whole"): Sizes(1024, 1024, 512, 512, heads=2),
+    ("forward", "pieces"): Sizes(512, 512, 512, 512, heads=2),
+    ("backward", "whole"): Sizes(1024, 1024, 512, 512),
+    ("backward", "pieces"): Sizes(512, 512, 512, 512),
+}
+# What differs on a chip, by the start of its device_kind.
+CHIPS = {
+    "TPU v5 lite": {},
+    "TPU v5": {},
+    "TPU v6": {},
+    "TPU7": {},
+}
+LONG = 16 * 1024  # rows of which no part needs small blocks
 
 
-def backward(q, k, v, mask) -> Sizes:
-    return Sizes(1024, 1024, 512, 512)
+def forward(q, k, v, mask: Mask) -> Sizes:
+    """Sizes for q `B T N H`, k `B S K H`, v `B S K V`; blocks of short rows are as long as the row."""
+    return _fit("forward", q, k, mask)
+
+
+def backward(q, k, v, mask: Mask) -> Sizes:
+    """As `forward`, for the backward kernel, which takes one head at a time."""
+    return _fit("backward", q, k, mask)
 
 
 def pieces(extent, width: int) -> list:
@@ -36,3 +59,37 @@ def pieces(extent, width: int) -> list:
     size = max(GRADIENT_BYTES // (8 * width) // extent.block_keys, 1) * extent.block_keys
     starts = range(0, extent.num_keys, size)
     return [extent._replace(first_key=start, num_keys=min(start + size, extent.num_keys)) for start in starts]
+
+
+def _fit(kernel: str, q, k, mask: Mask) -> Sizes:
+    (_, num_queries, num_heads, _), (num_keys, num_kv_heads) = q.shape, k.shape[1:3]
+    parts = mask.q_segment_ids is not None or (mask.window is not None and mask.window < 1024)
+    key = kernel, "pieces" if parts and max(num_queries, num_keys) <= LONG else "whole"
+    best = _chip_table().get(key, DEFAULT[key])
+    queries, keys = _block(num_queries, best.queries), _block(num_keys, best.keys)
+    group = num_heads // num_kv_heads
+    shares = num_heads % best.heads == 0 and (group % best.heads == 0 or best.heads % group == 0)
+    return best._replace(
+        queries=queries,
+        keys=keys,
+        tile_queries=_tile(queries, best.tile_queries),
+        tile_keys=_tile(keys, best.tile_keys),
+        heads=best.heads if shares else 1,
+    )
+
+
+def _block(length: int, most: int) -> int:
+    """Blocks of even size, as few as possible: 1100 rows are two of 768, not two of 1024."""
+    even = -(-length // -(-length // most))
+    unit = LANES if even <= 2 * LANES else 2 * LANES
+    return -(-even // unit) * unit
+
+
+def _tile(block: int, most: int) -> int:
+    return max(size for size in range(LANES, min(block, most) + 1, LANES) if block % size == 0)
+
+
+def _chip_table() -> dict:
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    kind = jax.devices()[0].device_kind if device is None else device.device_kind
+    return next((table for name, table in CHIPS.items() if kind.startswith(name)), {})
