@@ -301,7 +301,9 @@ def test_sizes_divide_each_other(kernel, length, heads, mask):
 def test_what_it_cannot_do(change, message):
     shape = (2, change.get("length", 16), 2, change.get("width", 8))
     q = np.broadcast_to(np.zeros((), change.get("dtype", np.float32)), shape)
-    assert message in tpu.refusal(q, q, q, Mask(causal=True, kv_length=np.array([3, 4])), change.get("scale", 1.0), None, None)
+    assert message in tpu.refusal(
+        q, q, q, Mask(causal=True, kv_length=np.array([3, 4])), change.get("scale", 1.0), None, None
+    )
 
 
 def test_pallas_is_imported_when_it_is_asked_for():

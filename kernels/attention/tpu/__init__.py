@@ -1,4 +1,4 @@
-"""Flash attention for TPUs in Pallas Mosaic, forward and backward. Nothing of Pallas is imported before it is called."""
+"""Flash attention for TPUs in Pallas Mosaic, forward and backward. Pallas is imported when it is called."""
 
 from kernels.attention.mask import Mask
 

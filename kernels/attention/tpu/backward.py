@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.attention.tpu.blocks import FIRST, LAST, NOTHING, Blocks
-from kernels.attention.tpu.tile import HIDDEN, Logit, Place, Seen, compiler_params, dot, tiles, visible
+from kernels.attention.tpu.blocks import FIRST, NOTHING, Blocks
+from kernels.attention.tpu.tile import HIDDEN, Logit, Maps, Place, Seen, compiler_params, dot, tiles, visible
 from kernels.attention.tpu.tuning import Sizes
 
 
@@ -22,44 +22,27 @@ def backward(
 ):
     """d_q `B N H T`, d_k `B K H S`, d_v `B K V S` in float32, of z = q·k: the scale is left to the caller.
 
-    Args as in `forward`; k_columns: `B K H S`. v: `B K S V`. d_out: `B N V T`. stats: float32 `B N 3 T`: highest z, log2
-    of the sum of weights relative to it (NEVER for a row that sees nothing), rowsum(d_out · out) - d_lse. Keys start
-    at position first_key.
+    Args as in `forward`; k_columns: `B K H S`. v: `B K S V`. d_out: `B N V T`. stats: float32 `B N 3 T`: highest z,
+    log2 of the sum of weights relative to it (NEVER for a row that sees nothing), rowsum(d_out · out) - d_lse. Keys
+    start at position first_key.
     """
     batch, num_heads, head_dim, num_queries = q.shape
     num_kv_heads, num_keys, v_dim = v.shape[1:]
     group = num_heads // num_kv_heads
 
-    def entry(b, step, table):
-        return table[b if blocks.table.shape[0] > 1 else 0, step]
-
-    def q_block(b, n, step, table, *_):
-        return b, n, 0, entry(b, step, table) >> 16
-
-    def k_block(b, n, step, table, *_):
-        return b, n // group, (entry(b, step, table) >> 4) & 0xFFF, 0
-
-    def k_columns_block(b, n, step, table, *_):
-        return b, n // group, 0, (entry(b, step, table) >> 4) & 0xFFF
-
-    def q_ids_block(b, n, step, table, *_):
-        return b, 0, entry(b, step, table) >> 16
-
-    def k_ids_block(b, n, step, table, *_):
-        return b, 0, (entry(b, step, table) >> 4) & 0xFFF
-
+    at = Maps.of(blocks.table.shape[0], lambda n: n // group)
     in_specs = [
-        pl.BlockSpec((1, 1, head_dim, sizes.queries), q_block),
-        pl.BlockSpec((1, 1, sizes.keys, head_dim), k_block),
-        pl.BlockSpec((1, 1, head_dim, sizes.keys), k_columns_block),
-        pl.BlockSpec((1, 1, sizes.keys, v_dim), k_block),
-        pl.BlockSpec((1, 1, v_dim, sizes.queries), q_block),
-        pl.BlockSpec((1, 1, 3, sizes.queries), q_block),
+        pl.BlockSpec((1, 1, head_dim, sizes.queries), at.queries),
+        pl.BlockSpec((1, 1, sizes.keys, head_dim), at.keys),
+        pl.BlockSpec((1, 1, head_dim, sizes.keys), at.key_columns),
+        pl.BlockSpec((1, 1, sizes.keys, v_dim), at.keys),
+        pl.BlockSpec((1, 1, v_dim, sizes.queries), at.queries),
+        pl.BlockSpec((1, 1, 3, sizes.queries), at.queries),
     ]
     arrays = [q, k, k_columns, v, d_out, stats]
     if q_ids is not None:
-        in_specs.append(pl.BlockSpec((1, q_ids.shape[1], sizes.queries), q_ids_block))
-        in_specs.append(pl.BlockSpec((1, k_ids.shape[1], sizes.keys), k_ids_block))
+        in_specs.append(pl.BlockSpec((1, q_ids.shape[1], sizes.queries), at.query_ids))
+        in_specs.append(pl.BlockSpec((1, k_ids.shape[1], sizes.keys), at.key_ids))
         arrays += [q_ids, k_ids]
     pairs = batch * num_heads * blocks.density * num_queries * num_keys
     key_blocks = num_keys // sizes.keys
@@ -75,7 +58,7 @@ def backward(
             grid=(batch, num_heads, blocks.visits),
             in_specs=in_specs,
             out_specs=[
-                pl.BlockSpec((1, 1, head_dim, sizes.queries), q_block),
+                pl.BlockSpec((1, 1, head_dim, sizes.queries), at.queries),
                 pl.BlockSpec((1, 1, key_blocks, head_dim, sizes.keys), lambda b, n, *_: (b, n // group, 0, 0, 0)),
                 pl.BlockSpec((1, 1, key_blocks, v_dim, sizes.keys), lambda b, n, *_: (b, n // group, 0, 0, 0)),
             ],
@@ -125,7 +108,9 @@ def _kernel(blocks, seen: Seen, logit: Logit, sizes, group, first_key, has_ids, 
         def gradients(tile, z, d_p):
             queries = slice(tile[0], tile[0] + tile[1])
             z = logit.bound(z)
-            allowed = visible(seen, place, tile, None if q_ids is None else q_ids[0], None if k_ids is None else k_ids[0])
+            allowed = visible(
+                seen, place, tile, None if q_ids is None else q_ids[0], None if k_ids is None else k_ids[0]
+            )
             shown = z if allowed is None else jnp.where(allowed, z, HIDDEN)
             top, total, delta = (stats[0, 0, row : row + 1, queries] for row in range(3))
             p = jnp.exp2((shown - top) * logit.factor - total)

@@ -92,7 +92,7 @@ def _mark(queries, keys, kind, xp, ends=None):
 
 
 def _known(mask: Mask) -> Mask:
-    """The mask without what is only known on the device; it hides no more than the mask does. `mask`, if that is all."""
+    """`mask` without what is only known on the device: hides no more than it does. Itself, where all is known."""
     unknown = {"prefix_length", "kv_length", "q_offset"}
     unknown = {name for name in unknown if not isinstance(getattr(mask, name), int | None)}
     drop = {name: None for name in unknown - {"q_offset"}}
@@ -136,7 +136,11 @@ def _judge(mask: Mask, extent: Extent, xp):
         length = _scalar(mask.kv_length, xp)
         live, full = live & (k_start < length), full & (k_last < length)
     shape = (-1, *diagonal.shape)
-    return xp.broadcast_to(live, live.shape[:1] + shape[1:]), xp.broadcast_to(full, full.shape[:1] + shape[1:]), diagonal
+    return (
+        xp.broadcast_to(live, live.shape[:1] + shape[1:]),
+        xp.broadcast_to(full, full.shape[:1] + shape[1:]),
+        diagonal,
+    )
 
 
 def _scalar(value, xp):
@@ -167,7 +171,7 @@ def refusal(mask: Mask, rows: int, extent: Extent) -> str | None:
     num_queries, num_keys = map(len, extent.starts())
     if num_keys > 4096 or rows * num_queries * num_keys > MAX_ENTRIES:
         return (
-            f"{rows} lists of {num_queries} x {num_keys} blocks are more than {MAX_ENTRIES} entries or 4096 key blocks; "
-            "fewer rows at a time fit"
+            f"{rows} lists of {num_queries} x {num_keys} blocks are more than {MAX_ENTRIES} entries "
+            "or 4096 key blocks; fewer rows at a time fit"
         )
     return None

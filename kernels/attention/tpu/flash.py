@@ -6,6 +6,7 @@ after: nothing is copied for its heads, and a head dim of 72 fills no 128 lanes.
 """
 
 import functools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ def attention(q, k, v, mask: Mask, scale: float, logit_softcap: float | None, si
 
 
 def _forward(q, k, v, mask, scale, softcap, sinks):
-    (batch, num_queries, num_heads, head_dim), num_keys = q.shape, k.shape[1]
+    num_queries, num_keys = q.shape[1], k.shape[1]
     sizes = tuning.forward(q, k, v, mask)
     live_q, live_k, live_v = clear_padding(mask, q, k, v)
     mask = _with_length(mask, num_keys, sizes.keys)
@@ -48,7 +49,7 @@ def _forward(q, k, v, mask, scale, softcap, sinks):
 
 
 def _log2(stats, logit: Logit, sinks):
-    """log2 of the heaviest weight, and of the sum of weights and sink relative to it, both `B N T`; -inf is no weight."""
+    """log2 of the heaviest weight, and of the sum of weights and sink relative to it, both `B N T`."""
     top, total = stats[:, :, 0] * logit.factor, jnp.log2(stats[:, :, 1])
     if sinks is not None:
         top = jnp.where(stats[:, :, 1] > 0, top, 0)
@@ -84,7 +85,7 @@ def _backward(scale, softcap, saved, cotangents):
     k_rows, v_rows = (_pad(x, sizes.keys).transpose(0, 2, 1, 3) for x in (live_k, live_v))
     d_q, d_k, d_v = 0.0, [], []
     for piece in tuning.pieces(extent, k.shape[-1] + v.shape[-1]):
-        keys = slice(piece.first_key, piece.first_key + -(-(piece.num_keys - piece.first_key) // sizes.keys) * sizes.keys)
+        keys = slice(piece.first_key, -(-piece.num_keys // sizes.keys) * sizes.keys)
         part = backward.backward(
             blocks.plan(mask, piece),
             _numbers(mask, num_keys),
@@ -121,14 +122,12 @@ attention.defvjp(_forward, _backward)
 
 
 def _with_length(mask: Mask, num_keys: int, block: int) -> Mask:
-    """The mask with a `kv_length` where keys are added to fill the last block."""
-    if num_keys % block == 0 and (not isinstance(mask.kv_length, int) or mask.kv_length >= num_keys):
-        length = None if isinstance(mask.kv_length, int) else mask.kv_length
-    elif isinstance(mask.kv_length, int | None):
-        length = num_keys if mask.kv_length is None else min(max(mask.kv_length, 0), num_keys)
-    else:
-        length = jnp.clip(mask.kv_length, 0, num_keys)
-    return blocks.replace(mask, kv_length=length)
+    """The mask with a `kv_length` that also hides what fills the last block; None where nothing is hidden."""
+    length = num_keys if mask.kv_length is None else mask.kv_length
+    length = min(max(length, 0), num_keys) if isinstance(length, int) else jnp.clip(length, 0, num_keys)
+    if isinstance(length, int) and length == num_keys and num_keys % block == 0:
+        length = None
+    return replace(mask, kv_length=length)
 
 
 def _seen(mask: Mask) -> Seen:

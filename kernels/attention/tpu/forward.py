@@ -8,14 +8,25 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels.attention.tpu.blocks import FIRST, LAST, NOTHING, Blocks
-from kernels.attention.tpu.tile import HIDDEN, LOG2_E, LOWEST, Logit, Place, Seen, compiler_params, dot, tiles, visible
+from kernels.attention.tpu.tile import (
+    HIDDEN,
+    LOG2_E,
+    LOWEST,
+    Logit,
+    Maps,
+    Place,
+    Seen,
+    compiler_params,
+    dot,
+    tiles,
+    visible,
+)
 from kernels.attention.tpu.tuning import Sizes
 
 
 def forward(blocks: Blocks, numbers, q, k, v, q_ids, k_ids, sinks, *, seen: Seen, logit: Logit, sizes: Sizes):
-    """Output `B N V T` in q's type, and float32 `B N 2 T` of the keys alone: the highest z = q·k (`tile.Logit`), and the
-    sum of the weights relative to it, 0 where a query sees none. (Their log-sum-exp would lose small weights' digits
-    beside large logits.)
+    """Output `B N V T` in q's type, and float32 `B N 2 T` of the keys alone: the highest z = q·k (`tile.Logit`) and the
+    sum of the weights relative to it, 0 where a query sees none. Their log-sum-exp would lose digits of large logits.
 
     numbers: int32 `1 3` or `B 3`: q_offset, prefix_length, kv_length. q: `B N H T`, k: `B K S H`, v: `B K V S`.
     q_ids, k_ids: int32 `B R T`, `B R S`, or None. sinks: float32 `N`, or None. T and S are multiples of the blocks'.
@@ -26,33 +37,16 @@ def forward(blocks: Blocks, numbers, q, k, v, q_ids, k_ids, sinks, *, seen: Seen
     heads = sizes.heads
     kv_heads = max(heads // group, 1)
 
-    def entry(b, step, table):
-        return table[b if blocks.table.shape[0] > 1 else 0, step]
-
-    def q_block(b, n, step, table, *_):
-        return b, n, 0, entry(b, step, table) >> 16
-
-    def k_block(b, n, step, table, *_):
-        return b, n * heads // group // kv_heads, (entry(b, step, table) >> 4) & 0xFFF, 0
-
-    def v_block(b, n, step, table, *_):
-        return b, n * heads // group // kv_heads, 0, (entry(b, step, table) >> 4) & 0xFFF
-
-    def q_ids_block(b, n, step, table, *_):
-        return b, 0, entry(b, step, table) >> 16
-
-    def k_ids_block(b, n, step, table, *_):
-        return b, 0, (entry(b, step, table) >> 4) & 0xFFF
-
+    at = Maps.of(blocks.table.shape[0], lambda n: n * heads // group // kv_heads)
     in_specs = [
-        pl.BlockSpec((1, heads, head_dim, sizes.queries), q_block),
-        pl.BlockSpec((1, kv_heads, sizes.keys, head_dim), k_block),
-        pl.BlockSpec((1, kv_heads, v_dim, sizes.keys), v_block),
+        pl.BlockSpec((1, heads, head_dim, sizes.queries), at.queries),
+        pl.BlockSpec((1, kv_heads, sizes.keys, head_dim), at.keys),
+        pl.BlockSpec((1, kv_heads, v_dim, sizes.keys), at.key_columns),
     ]
     arrays = [q, k, v]
     if q_ids is not None:
-        in_specs.append(pl.BlockSpec((1, q_ids.shape[1], sizes.queries), q_ids_block))
-        in_specs.append(pl.BlockSpec((1, k_ids.shape[1], sizes.keys), k_ids_block))
+        in_specs.append(pl.BlockSpec((1, q_ids.shape[1], sizes.queries), at.query_ids))
+        in_specs.append(pl.BlockSpec((1, k_ids.shape[1], sizes.keys), at.key_ids))
         arrays += [q_ids, k_ids]
     prefetched = [blocks.table, numbers] + ([] if sinks is None else [sinks])
     pairs = batch * num_heads * blocks.density * num_queries * num_keys
@@ -67,8 +61,8 @@ def forward(blocks: Blocks, numbers, q, k, v, q_ids, k_ids, sinks, *, seen: Seen
             grid=(batch, num_heads // heads, blocks.visits),
             in_specs=in_specs,
             out_specs=[
-                pl.BlockSpec((1, heads, v_dim, sizes.queries), q_block),
-                pl.BlockSpec((1, heads, 2, sizes.queries), q_block),
+                pl.BlockSpec((1, heads, v_dim, sizes.queries), at.queries),
+                pl.BlockSpec((1, heads, 2, sizes.queries), at.queries),
             ],
             scratch_shapes=[
                 pltpu.VMEM((heads, 1, sizes.queries), jnp.float32),
@@ -114,7 +108,9 @@ def _kernel(blocks, seen, logit, sizes, group, has_ids, has_sinks, *refs):
             first_query, width, first_key, height = tile
             keys = k[0, h // group, first_key : first_key + height]
             z = logit.bound(dot(keys, q[0, h, :, first_query : first_query + width], (1, 0)))
-            allowed = visible(seen, place, tile, None if q_ids is None else q_ids[0], None if k_ids is None else k_ids[0])
+            allowed = visible(
+                seen, place, tile, None if q_ids is None else q_ids[0], None if k_ids is None else k_ids[0]
+            )
             return z if allowed is None else jnp.where(allowed, z, HIDDEN)
 
         def softmax(h, tile, z):
@@ -135,7 +131,7 @@ def _kernel(blocks, seen, logit, sizes, group, has_ids, has_sinks, *refs):
             part = dot(v[0, h // group, :, first_key : first_key + height], weights, (1, 0))
             sums[h, :, queries] = sums[h, :, queries] * shrink + part
 
-        # A tile's products are asked for before the softmax of the one before: the compiler keeps roughly to this order.
+        # A tile's products are asked for before the softmax of the tile before: the compiler roughly keeps this order.
         work = [(h, tile) for h in range(sizes.heads) for tile in tiles(sizes, kind)]
         ahead, waiting = logits(*work[0]), None
         for index, item in enumerate(work):
@@ -155,5 +151,7 @@ def _kernel(blocks, seen, logit, sizes, group, has_ids, has_sinks, *refs):
             whole = jnp.sum(total[h], axis=0, keepdims=True)
             stats[0, h, :1], stats[0, h, 1:] = top[h], whole
             if has_sinks:  # in units of exp(maximum): infinite where the sink takes all
-                whole = jnp.where(whole > 0, whole + jnp.exp2(sinks[n * sizes.heads + h] * LOG2_E - top[h] * logit.factor), 0)
+                whole = jnp.where(
+                    whole > 0, whole + jnp.exp2(sinks[n * sizes.heads + h] * LOG2_E - top[h] * logit.factor), 0
+                )
             out[0, h] = (sums[h] * jnp.where(whole > 0, 1 / jnp.where(whole > 0, whole, 1), 0)).astype(out.dtype)

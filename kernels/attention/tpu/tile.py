@@ -5,6 +5,7 @@ registers and no moves across lanes, a query's statistics are one row that broad
 and of the gradients have 128 or fewer rows against a square of probabilities that fills matrix units of 256 columns.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -49,7 +50,7 @@ class Seen(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a block lies: its kind, first query and key, and row numbers in the int32 `3` q_offset, prefix, length."""
+    """Where a block lies: its kind, first query and key, and its row's q_offset, prefix_length and kv_length."""
 
     kind: int
     q_start: jax.Array
@@ -57,6 +58,34 @@ class Place(NamedTuple):
     offset: jax.Array
     prefix: jax.Array
     length: jax.Array
+
+
+class Maps(NamedTuple):
+    """Index maps of the blocks that a visit needs: of `B N H T`, `B K S H`, `B K H S`, `B R T` and `B R S`."""
+
+    queries: Callable
+    keys: Callable
+    key_columns: Callable
+    query_ids: Callable
+    key_ids: Callable
+
+    @classmethod
+    def of(cls, lists: int, kv_head: Callable) -> "Maps":
+        """lists: 1, or one a row of the batch. kv_head: key head's block of a query head's block."""
+
+        def query(b, step, table):
+            return table[b if lists > 1 else 0, step] >> 16
+
+        def key(b, step, table):
+            return (table[b if lists > 1 else 0, step] >> 4) & 0xFFF
+
+        return cls(
+            lambda b, n, step, table, *_: (b, n, 0, query(b, step, table)),
+            lambda b, n, step, table, *_: (b, kv_head(n), key(b, step, table), 0),
+            lambda b, n, step, table, *_: (b, kv_head(n), 0, key(b, step, table)),
+            lambda b, n, step, table, *_: (b, 0, query(b, step, table)),
+            lambda b, n, step, table, *_: (b, 0, key(b, step, table)),
+        )
 
 
 def tiles(sizes: Sizes, kind: int) -> list[tuple[int, int, int, int]]:
