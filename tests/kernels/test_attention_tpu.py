@@ -1,0 +1,313 @@
+"""The TPU's attention kernels in interpret mode against plain maths in float64, and the lists of blocks they visit."""
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+
+from kernels import Mask, attention
+from kernels.attention import tpu
+from kernels.attention.mask import visible
+from kernels.attention.tpu import blocks, tuning
+from kernels.attention.tpu.tuning import Sizes
+
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = ("out", "lse", "d_q", "d_k", "d_v", "d_sinks")
+
+
+@pytest.fixture(autouse=True)
+def interpreted(monkeypatch):
+    monkeypatch.setattr(pl, "pallas_call", functools.partial(pl.pallas_call, interpret=True))
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Blocks of two tiles each way, two heads a step."""
+    for kernel in ("forward", "backward"):
+        sizes = Sizes(256, 256, 128, 128, heads=2, diagonal_keys=128)
+        monkeypatch.setattr(tuning, kernel, lambda *arguments, sizes=sizes: sizes)
+
+
+def inputs(seed, batch=2, queries=300, keys=None, heads=4, kv_heads=2, width=8, v_width=None):
+    draw = np.random.default_rng(seed).standard_normal
+    q, k = draw((batch, queries, heads, width)), draw((batch, keys or queries, kv_heads, width))
+    return [x.astype(np.float32) for x in (q, k, draw((batch, keys or queries, kv_heads, v_width or width)))]
+
+
+def everything(run, qkv, sinks=None):
+    """Output, log-sum-exp and the gradients of a loss that weighs both; `run` gives out and lse."""
+
+    def loss(q, k, v, sinks):
+        out, lse = run(q, k, v, sinks)
+        weights = jnp.cos(jnp.arange(out.size, dtype=lse.dtype)).reshape(out.shape)
+        seen = jnp.where(jnp.isfinite(lse), lse, 0) * jnp.sin(jnp.arange(lse.size, dtype=lse.dtype)).reshape(lse.shape)
+        return jnp.sum(weights * out.astype(lse.dtype)) + jnp.sum(seen), (out, lse)
+
+    both = jax.value_and_grad(loss, (0, 1, 2) if sinks is None else (0, 1, 2, 3), has_aux=True)
+    (_, outputs), gradients = jax.jit(both)(*qkv, sinks)
+    return dict(zip(NAMES, (*outputs, *gradients), strict=False))
+
+
+def ours(qkv, mask=None, sinks=None, scale=0.3, logit_softcap=None):
+    mask = Mask() if mask is None else mask
+    assert tpu.refusal(*qkv, mask, scale, logit_softcap, sinks) is None
+    return everything(lambda *x: tpu.attention(*x[:3], mask, scale, logit_softcap, x[3]), qkv, sinks)
+
+
+def exact(qkv, mask=None, sinks=None, scale=0.3, logit_softcap=None):
+    options = {"scale": scale, "logit_softcap": logit_softcap, "return_lse": True, "backend": "reference"}
+    with jax.enable_x64(True):
+        wide = [np.asarray(x).astype(np.float64) for x in qkv]
+        sinks = None if sinks is None else sinks.astype(np.float64)
+        return everything(lambda *x: attention(*x[:3], mask, sinks=x[3], **options), wide, sinks)
+
+
+def assert_close(found: dict, expected: dict, tolerance: float):
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        ours, value = np.asarray(found[name]).astype(np.float64), np.asarray(value)
+        np.testing.assert_array_equal(np.isneginf(ours), np.isneginf(value), err_msg=name)
+        ours, value = (np.where(np.isneginf(value), 0, x) for x in (ours, value))
+        error, size = np.abs(ours - value).max(), max(np.abs(value).max(), 0.1)
+        assert error <= tolerance * size, f"{name}: off by {error:.2e}, largest value {size:.2e}"
+
+
+RNG = np.random.default_rng(0)
+SEGMENTS = np.sort(RNG.integers(0, 4, (2, 300)), axis=1)
+IMAGES = np.repeat(RNG.integers(0, 3, (2, 60)), 5, axis=1)
+SINKS = np.array([3.0, -1.0, 0.0, 40.0], np.float32)
+CASES = {
+    "full, cut": (Mask(), {}, {"queries": 130, "keys": 300, "v_width": 16}),
+    "causal, sinks, softcap": (Mask(causal=True), {"sinks": SINKS, "logit_softcap": 2.0}, {}),
+    "window, before the text": (Mask(causal=True, window=40, q_offset=-50), {"sinks": SINKS}, {}),
+    "diagonal off the corner": (Mask(causal=True, q_offset=256, kv_length=500), {}, {"keys": 520}),
+    "lengths and offsets of rows": (
+        Mask(causal=True, kv_length=np.array([200, 0]), q_offset=np.array([-50, 30])),
+        {"sinks": SINKS},
+        {"keys": 520},
+    ),
+    "prefixes of rows": (Mask(causal=True, prefix_length=np.array([5, 280])), {}, {"keys": 260}),
+    "packed": (Mask(causal=True, q_segment_ids=SEGMENTS), {"logit_softcap": 2.0}, {"kv_heads": 4}),
+    "packed, any order": (
+        Mask(q_segment_ids=SEGMENTS, kv_segment_ids=RNG.integers(0, 4, (2, 400))),
+        {},
+        {"keys": 400, "kv_heads": 1},
+    ),
+    "packed, images, window": (
+        Mask(causal=True, q_segment_ids=SEGMENTS, block_ids=IMAGES, window=30, kv_length=290),
+        {},
+        {},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_float32(small, name):
+    mask, options, shape = CASES[name]
+    qkv = inputs(1, **shape)
+    assert_close(ours(qkv, mask, **options), exact(qkv, mask, **options), 1e-5)
+
+
+def test_keys_in_pieces_give_the_same_gradients(small, monkeypatch):
+    qkv, mask = inputs(2, batch=1, queries=260, keys=600), Mask(causal=True, q_offset=340)
+    whole = ours(qkv, mask)
+    monkeypatch.setattr(tuning, "GRADIENT_BYTES", 8 * 256 * 16)
+    assert len(tuning.pieces(blocks.Extent(260, 600, 256, 256), 16)) == 3
+    assert_close(ours(qkv, mask), {name: np.asarray(x) for name, x in whole.items()}, 1e-6)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        Mask(kv_length=0),
+        Mask(causal=True, q_offset=np.array([-999, -500])),
+        Mask(q_segment_ids=np.ones((2, 300), int), kv_segment_ids=np.full((2, 300), 2)),
+        Mask(q_segment_ids=np.zeros((2, 300), int)),
+    ],
+    ids=["no keys", "before all", "other segment", "padding"],
+)
+def test_a_row_that_sees_nothing_gives_zero_and_no_gradient(small, mask):
+    found = ours(inputs(3), mask)
+    assert np.isneginf(found.pop("lse")).all()
+    for name, value in found.items():
+        assert not np.asarray(value).any(), name
+
+
+def test_nan_in_padding_reaches_nothing(small):
+    q, k, v = inputs(4)
+    segments = np.repeat([[1, 1, 0], [2, 3, 3]], 100, axis=1)
+    dead = (segments == 0) | (np.arange(300) >= np.array([[300], [250]]))
+    spoiled = [np.where((segments == 0)[..., None, None], np.nan, q)]
+    spoiled += [np.where(dead[..., None, None], np.nan, x) for x in (k, v)]
+    mask = Mask(causal=True, q_segment_ids=segments, kv_length=np.array([300, 250]))
+    clean, found = ours((q, k, v), mask, SINKS), ours(spoiled, mask, SINKS)
+    for name, value in clean.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+    # Nor does a NaN that flows back into padding.
+    d_out = jnp.where((segments == 0)[..., None, None], jnp.nan, jnp.ones_like(q))
+    run = lambda *x: tpu.attention(*x, mask, 0.3, None, SINKS)[0]  # noqa: E731
+    for gradient in jax.jit(lambda *x: jax.vjp(run, *x)[1](d_out))(q, k, v):
+        assert jnp.isfinite(gradient).all()
+
+
+def test_logits_of_ten_thousand(small):
+    q, k, v = inputs(5, batch=1, queries=130, width=8)
+    q, k = np.round(q * 20), np.round(k * 20)
+    q[0, :3], k[0, :3] = 35, 36
+    mask = Mask(causal=True)
+    assert_close(ours((q, k, v), mask, scale=1.0), exact((q, k, v), mask, scale=1.0), 1e-5)
+
+
+def test_bfloat16_is_as_exact_as_splash_attention(monkeypatch):
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    length, heads = 256, 2
+    qkv = [jnp.asarray(x, jnp.bfloat16) for x in inputs(6, 1, length, None, heads, heads, 64)]
+    qkv[0] *= 4
+    size = {f"block_{name}": 128 for name in ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute")}
+    theirs = splash.make_splash_mha(
+        masks.MultiHeadMask([masks.CausalMask((length, length))] * heads),
+        head_shards=1,
+        q_seq_shards=1,
+        block_sizes=splash.BlockSizes(**size, use_fused_bwd_kernel=True),
+        interpret=True,
+    )
+
+    def run_theirs(q, k, v, sinks):
+        out = theirs(*(x[0].swapaxes(0, 1) for x in (q * 0.125, k, v))).swapaxes(0, 1)[None]
+        return out, jnp.zeros(out.shape[:3], jnp.float32)
+
+    def without_lse(q, k, v, sinks):
+        out, _ = tpu.attention(q, k, v, Mask(causal=True), 0.125, None, None)
+        return out, jnp.zeros(out.shape[:3], jnp.float32)
+
+    def reference(q, k, v, sinks):
+        out = attention(q, k, v, Mask(causal=True), 0.125, backend="reference")
+        return out, jnp.zeros(out.shape[:3], out.dtype)
+
+    found = everything(without_lse, qkv)
+    # The matrix unit rounds float32 operands to bfloat16 unless told not to; interpret mode does not.
+    product = jax.lax.dot_general
+
+    def rounding(a, b, *arguments, **options):
+        return product(a.astype(jnp.bfloat16), b.astype(jnp.bfloat16), *arguments, **options)
+
+    with monkeypatch.context() as chip:
+        chip.setattr(jax.lax, "dot_general", rounding)
+        other = everything(run_theirs, qkv)
+    with jax.enable_x64(True):
+        expected = everything(reference, [np.asarray(x).astype(np.float64) for x in qkv])
+    for name in ("out", "d_q", "d_k", "d_v"):
+        ours_off, theirs_off = (
+            np.sqrt(np.mean((np.asarray(x[name]).astype(np.float64) - expected[name]) ** 2)) for x in (found, other)
+        )
+        assert ours_off <= 1.01 * theirs_off, name
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        Mask(),
+        Mask(causal=True),
+        Mask(causal=True, window=150, q_offset=100),
+        Mask(causal=True, prefix_length=300, kv_length=555),
+        Mask(causal=True, q_offset=np.array([-700, 100]), window=60, kv_length=np.array([700, 0])),
+        Mask(causal=True, prefix_length=np.array([0, 500])),
+        Mask(causal=True, q_segment_ids=np.sort(RNG.integers(0, 5, (2, 700)), axis=1)),
+        Mask(q_segment_ids=RNG.integers(-1, 2, (2, 700)) * RNG.integers(0, 2, (2, 700))),
+        Mask(causal=True, block_ids=np.repeat([[0, 1, 0, 2, 2, 0, 3]], 100, axis=1).repeat(2, axis=0)),
+    ],
+    ids=lambda mask: ", ".join(name for name, value in vars(mask).items() if value is not None and value is not False),
+)
+@pytest.mark.parametrize("first_key", [0, 256])
+def test_lists_of_visits_against_every_pair(mask, first_key):
+    extent = blocks.Extent(700, 700, 128, 128, first_key)
+    plan = blocks.plan(mask, extent)
+    seen = visible(mask, 0, 700, 0, 700)
+    seen = np.ones((1, 700, 700), bool) if seen is None else np.asarray(seen)
+    table = np.asarray(plan.table)
+    count = int(plan.visits)
+    assert table.dtype == np.int32 and count <= table.shape[1]
+    for b in range(max(len(seen), len(table))):
+        entries = table[b % len(table)]
+        kinds, queries, keys = entries & 3, entries >> 16, (entries >> 4) & 0xFFF
+        assert not (entries[count:] & 15).any(), "behind the longest row nothing happens"
+        visits = [(q, k) for q, k, entry in zip(queries, keys, entries, strict=True) if entry & 15]
+        assert visits == sorted(set(visits)), "each block once, in order"
+        for q in range(6):
+            of_block = entries[(queries == q) & (entries & 15 != 0)]
+            assert of_block[0] & blocks.FIRST and of_block[-1] & blocks.LAST
+            assert (of_block & blocks.FIRST != 0).sum() == (of_block & blocks.LAST != 0).sum() == 1
+            for k in range((700 - first_key + 127) // 128):
+                rows = slice(q * 128, q * 128 + 128)
+                pairs = seen[b % len(seen)][rows, first_key + k * 128 : first_key + k * 128 + 128]
+                kind = kinds[(queries == q) & (keys == k)].max(initial=0)
+                assert kind in plan.kinds | {blocks.NOTHING}
+                if pairs.any():
+                    assert kind, "a live block is visited"
+                if kind == blocks.FULL:
+                    assert pairs.all()
+                if kind == blocks.DIAGONAL:
+                    assert not np.triu(pairs, 1).any()
+
+
+@pytest.mark.parametrize(
+    ("mask", "visits"),
+    [
+        (Mask(), 64),
+        (Mask(causal=True), 36),
+        (Mask(causal=True, window=512), 15),
+        (Mask(causal=True, q_segment_ids=np.repeat([[1, 2, 3, 4]], 1024, axis=1)), 12),
+        (Mask(causal=True, kv_length=np.array([1000])), 15),
+    ],
+    ids=["full", "causal", "window", "packed", "length"],
+)
+def test_only_live_blocks_are_visited(mask, visits):
+    assert blocks.plan(mask, blocks.Extent(4096, 4096, 512, 512)).visits == visits
+
+
+@pytest.mark.parametrize("kernel", [tuning.forward, tuning.backward])
+@pytest.mark.parametrize("length", [1, 128, 129, 300, 729, 1024, 1100, 4096, 5000, 131072])
+@pytest.mark.parametrize("heads", [(1, 1), (6, 2), (16, 8), (8, 1)])
+@pytest.mark.parametrize("mask", [Mask(), Mask(causal=True, window=64)], ids=["full", "window"])
+def test_sizes_divide_each_other(kernel, length, heads, mask):
+    q, k = (jax.ShapeDtypeStruct((1, length, n, 64), jnp.bfloat16) for n in heads)
+    sizes = kernel(q, k, k, mask)
+    for block, tile in ((sizes.queries, sizes.tile_queries), (sizes.keys, sizes.tile_keys)):
+        assert block % tile == 0 and tile % 128 == 0
+        assert -(-length // block) * block - length < max(128, 256 * -(-length // block))
+    assert sizes.keys % min(sizes.tile_keys, sizes.diagonal_keys) == 0
+    group = heads[0] // heads[1]
+    assert heads[0] % sizes.heads == 0 and (group % sizes.heads == 0 or sizes.heads % group == 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dtype": np.float64}, "no float64"),
+        ({"width": 12}, "multiples of 8, found 12 and 12"),
+        ({"scale": -1.0}, "must be positive, found -1.0"),
+        ({"length": 2**19}, "fewer rows"),
+    ],
+)
+def test_what_it_cannot_do(change, message):
+    shape = (2, change.get("length", 16), 2, change.get("width", 8))
+    q = np.broadcast_to(np.zeros((), change.get("dtype", np.float32)), shape)
+    assert message in tpu.refusal(
+        q, q, q, Mask(causal=True, kv_length=np.array([3, 4])), change.get("scale", 1.0), None, None
+    )
+
+
+def test_pallas_is_imported_when_it_is_asked_for():
+    script = "import sys, kernels.attention.tpu; print('jax.experimental.pallas' in sys.modules)"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert done.stdout.strip() == "False", done.stderr
