@@ -9,11 +9,15 @@ from jaxtyping import Array, Float
 from kernels.attention.api import DTYPES
 from kernels.attention.mask import Mask, check
 from kernels.backends import EVERYWHERE, Backend, choose
-from kernels.decode_attention import reference, xla
+from kernels.decode_attention import reference, tpu, xla
 from kernels.decode_attention.quantized import LARGEST, Quantized
 
 # In order of preference.
-BACKENDS = {"xla": Backend(EVERYWHERE, xla.decode_attention), "reference": Backend((), reference.decode_attention)}
+BACKENDS = {
+    "tpu": Backend(("tpu",), tpu.decode_attention, tpu.refusal),
+    "xla": Backend(EVERYWHERE, xla.decode_attention),
+    "reference": Backend((), reference.decode_attention),
+}
 
 
 def decode_attention(
@@ -38,7 +42,7 @@ def decode_attention(
         mask: what each query sees, as in `kernels.attention`; None is everything. For rows of unequal lengths
             `Mask(causal=True, q_offset=lengths)`, where `lengths` (int `B`) were written before these T.
         scale, logit_softcap, sinks: as in `kernels.attention`.
-        backend: "auto", "xla" or "reference" (for tests).
+        backend: "auto", "tpu" (Pallas), "xla" or "reference" (for tests).
 
     Raises:
         ValueError: shapes that do not fit, an unknown backend, or one that can't do what is asked.

@@ -1,4 +1,4 @@
-"""Decoding as the textbook has it, in any float type: dequantise everything, then attention with every logit at once."""
+"""Decoding as the textbook has it, in any float type: dequantise everything, then attend with all logits at once."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
