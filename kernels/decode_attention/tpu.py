@@ -57,6 +57,9 @@ def refusal(q, k, v, mask: Mask, scale: float, logit_softcap, sinks) -> str | No
         return f"it is for TPUs, and this is compiled for {target()}"
     if q.dtype == jnp.float64:
         return "TPUs have no float64"
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size > 1 and not mesh.are_all_axes_manual:
+        return f"XLA can't split a kernel over {mesh.size} devices: call it in a shard_map over rows and key heads"
     if q.shape[1] > MAX_QUERIES:
         return f"it takes at most {MAX_QUERIES} new tokens, found {q.shape[1]}: kernels.attention is for more"
     return None
@@ -99,10 +102,12 @@ def suitable(rows: Float[Array, "B K R H"], k: Float[Array, "B K S H"], v: Float
     token = sum(pl.cdiv(x.shape[-1], 32) * 32 * x.dtype.itemsize for x in (k, v))  # of one head, as memory holds it
     logits = 4 * 4 * pl.cdiv(rows.shape[2], 8) * 8  # a token's, in float32, while they become weights
     room = min(STEP_SECONDS * chip.mem_bw_bytes_per_second / token, VMEM / 2 / (2 * token + logits))
-    # An eighth bit in the scales' blocks: they have eight heads in a tile.
-    while heads % 2 == 0 and (heads > 8 or k.dtype.itemsize > 1 < v.dtype.itemsize) and room / heads < 256:
+    # The blocks of scales take all heads, or a multiple of 8 (a tile's sublanes).
+    step = 1 if min(k.dtype.itemsize, v.dtype.itemsize) > 1 else 8
+    while heads % (2 * step) == 0 and room / heads < 256:
         heads //= 2
-    return Blocks(heads, min(max(int(room / heads) // 128, 1) * 128, MAX_SLOTS, pl.cdiv(slots, 128) * 128))
+    size = 1 << (max(int(room / heads), 128).bit_length() - 1)  # 128, or the next power of two below
+    return Blocks(heads, min(size, MAX_SLOTS, pl.cdiv(slots, 128) * 128))
 
 
 def _bits(seen, batch: int, num_queries: int, slots: int) -> Int[Array, "B S"]:

@@ -1,5 +1,7 @@
 """`decode_attention` against plain maths in float64, over shapes, masks, types of cache and backends."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import Mask, attention, decode_attention
+from kernels.attention.mask import visible
+from kernels.decode_attention import tpu
 from kernels.decode_attention.quantized import Quantized, quantize
 
 
@@ -63,22 +67,48 @@ def cases(draw):
     return q, *((k, v) if cache is None else (quantize(x, cache) for x in (k, v))), Mask(**fields), options
 
 
-def by_xla(q, k, v, mask, options):
-    return jax.jit(lambda q, k, v, mask: decode_attention(q, k, v, mask, backend="xla", **options))(q, k, v, mask)
+def run(backend, q, k, v, mask=None, **options):
+    """The TPU's kernel is interpreted, with blocks so small that a little text has many."""
+    if backend == "tpu":
+        known = dict(scale=q.shape[-1] ** -0.5, logit_softcap=None, sinks=None)
+        known |= {name: value for name, value in options.items() if value is not None}
+        call = partial(tpu.decode_attention, blocks=tpu.Blocks(1, 128), interpret=True, **known)
+        return jax.jit(call)(q, k, v, Mask() if mask is None else mask)
+    return jax.jit(partial(decode_attention, backend=backend, **options))(q, k, v, mask)
+
+
+BACKENDS = ["tpu", "xla", "reference"]
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
-@given(cases())
-def test_float32_over_the_grid(case):
+@given(cases(), st.sampled_from(["tpu", "xla"]))
+def test_float32_over_the_grid(case, backend):
     q, k, v, mask, options = case
-    assert_close(by_xla(*case), exact(q, k, v, mask, **options), 1e-5)
+    assert_close(run(backend, q, k, v, mask, **options), exact(q, k, v, mask, **options), 1e-5)
 
 
-BACKENDS = ["xla", "reference"]
+@pytest.mark.parametrize("width", [24, 128])
+@pytest.mark.parametrize("dtype, cache", [(np.float32, None), (jnp.bfloat16, None), (jnp.bfloat16, jnp.int8)])
+def test_several_heads_and_blocks_at_a_time(width, dtype, cache):
+    q, k, v = inputs(9, 2, 3, 700, 8, 4, width, dtype=dtype)
+    if cache is not None:
+        k, v = quantize(k, cache), quantize(v, cache)
+    mask = Mask(causal=True, window=300, q_offset=np.array([650, 3]))
+    call = partial(tpu.decode_attention, scale=0.3, logit_softcap=None, sinks=None, interpret=True)
+    for blocks in (tpu.Blocks(2, 256), tpu.Blocks(4, 512)):
+        found = jax.jit(partial(call, blocks=blocks))(q, k, v, mask)
+        assert_close(found, exact(q, k, v, mask, scale=0.3), 1e-5 if dtype == np.float32 else 8e-3)
 
 
-def run(backend, q, k, v, mask=None, **options):
-    return jax.jit(lambda *x: decode_attention(*x, backend=backend, **options))(q, k, v, mask)
+def test_only_blocks_that_somebody_sees_are_visited():
+    mask = Mask(causal=True, window=100, q_offset=np.array([0, 300, 130, -9]), kv_length=np.array([512, 310, 512, 512]))
+    work = tpu._work(tpu._bits(visible(mask, 0, 2, 0, 512), 4, 2, 512), 2, 128)
+    codes = work.codes[: work.count]
+    rows, blocks, whole = work.row(codes), work.block(codes), codes & 1
+    assert list(zip(rows.tolist(), blocks.tolist(), strict=True)) == [(0, 0), (1, 1), (1, 2), (2, 0), (2, 1), (3, 0)]
+    assert not whole.any()  # no window holds a whole block of 128
+    everything = tpu._work(tpu._bits(jnp.ones((), bool), 1, 2, 256), 2, 128)
+    assert everything.count == 2 and (everything.codes[:2] & 1).all()
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -182,6 +212,7 @@ def test_split_over_batch_and_heads_nothing_is_gathered():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
+        ({"backend": "tpu"}, ValueError, "can't do this: it is for TPUs, and this is compiled for cpu"),
         ({"backend": "flash"}, ValueError, "no backend 'flash'; there are: auto, "),
         ({"q": (1, 2, 5, 8)}, ValueError, "multiple of the key heads"),
         ({"k": (1, 2, 30, 9)}, ValueError, "q and k also H"),
@@ -203,6 +234,19 @@ def test_what_does_not_fit_is_refused(change, error, message):
     given["q"] = given["q"].astype(given.pop("q_dtype", np.float32))
     with pytest.raises(error, match=message):
         decode_attention(**given)
+
+
+def test_the_kernel_refuses_what_it_cannot():
+    def reason(devices, queries=1, dtype=np.float32):
+        q, k, v = (np.zeros((1, n, 2, 8), dtype) for n in (queries, 2, 2))
+        kind = jax.sharding.AbstractDevice(device_kind="TPU v5 lite", num_cores=1, platform="tpu")
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((devices,), ("x",), abstract_device=kind)):
+            return tpu.refusal(q, k, v, Mask(), 1.0, None, None)
+
+    assert reason(1) is None
+    assert "can't split a kernel over 4 devices" in reason(4)
+    assert "at most 31 new tokens, found 32" in reason(1, queries=32)
+    assert "no float64" in reason(1, dtype=np.float64)
 
 
 def test_other_types_are_not_quantised_to():

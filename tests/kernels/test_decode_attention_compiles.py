@@ -84,3 +84,11 @@ def test_it_compiles_and_copies_no_cache(chip, shape):
     assert "decode_attention" in program.as_text()
     read = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes[1:]))
     assert program.memory_analysis().temp_size_in_bytes < max(read / 8, 2**20)
+
+
+def test_what_the_kernel_refuses_goes_to_xla(chip):
+    f, *shapes = decoding(batch=1, queries=32, heads=2, kv_heads=2, slots=256, width=128)
+    with pytest.raises(ValueError, match="at most 31 new tokens, found 32: kernels.attention is for more"):
+        compiled(chip, f, *shapes)
+    assert "tpu_custom_call" not in compiled(chip, lambda *x: decode_attention(*x), *shapes[:3]).as_text()
+    assert "tpu_custom_call" in compiled(chip, lambda q, *x: decode_attention(q[:, :1], *x), *shapes[:3]).as_text()
