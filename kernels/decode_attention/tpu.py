@@ -249,8 +249,7 @@ def _body(row_of, turned, num_queries, scale, softcap, codes, *refs):
 
     @pl.when(row_of(codes[step + 1]) != row)
     def _last():
-        total, found = total_ref[...], top_ref[...] != HIDDEN
-        out_ref[...] = jnp.where(found, sum_ref[...] / jnp.where(found, total, 1), 0).astype(out_ref.dtype)
+        out_ref[...] = jnp.where(top_ref[...] != HIDDEN, sum_ref[...] / total_ref[...], 0).astype(out_ref.dtype)
 
 
 def _dot(a, b, b_axis: int):
