@@ -11,17 +11,19 @@ import importlib
 # Folders share their names with the functions they export. Importing the (empty) folders first and dropping the names
 # lets `from kernels import attention` give the function, whichever module was imported before.
 import kernels.attention
+import kernels.decode_attention
 import kernels.grouped_matmul
 
-del attention, grouped_matmul, kernels  # noqa: F821
+del attention, decode_attention, grouped_matmul, kernels  # noqa: F821
 
 _HOME = {
     "Mask": "kernels.attention.mask",
     "attention": "kernels.attention.api",
+    "decode_attention": "kernels.decode_attention.api",
     "grouped_matmul": "kernels.grouped_matmul.api",
     "route": "kernels.router",
 }
-__all__ = ["Mask", "attention", "grouped_matmul", "route"]
+__all__ = ["Mask", "attention", "decode_attention", "grouped_matmul", "route"]
 
 
 def __getattr__(name: str):

@@ -23,20 +23,27 @@ def test_importing_costs_nothing():
 
 
 def test_the_exported_names():
-    assert run("import kernels; print(dir(kernels))") == "['Mask', 'attention', 'grouped_matmul', 'route']"
-    with pytest.raises(AttributeError, match="kernels exports Mask, attention, grouped_matmul, route; found 'flash'"):
+    names = "['Mask', 'attention', 'decode_attention', 'grouped_matmul', 'route']"
+    assert run("import kernels; print(dir(kernels))") == names
+    with pytest.raises(AttributeError, match="exports Mask, .*decode_attention, grouped_matmul, route; found 'flash'"):
         import kernels
 
         kernels.flash  # noqa: B018
 
 
 @pytest.mark.parametrize(
-    "first", ["import kernels.attention", "from kernels.grouped_matmul import xla", "import kernels"]
+    "first",
+    [
+        "import kernels.attention",
+        "from kernels.grouped_matmul import xla",
+        "from kernels.decode_attention import quantized",
+        "import kernels",
+    ],
 )
 def test_names_are_functions_whatever_was_imported_before(first):
-    script = f"{first}\nfrom kernels import Mask, attention, grouped_matmul\n"
-    script += "print(attention.__module__, grouped_matmul.__module__)"
-    assert run(script) == "kernels.attention.api kernels.grouped_matmul.api"
+    script = f"{first}\nfrom kernels import Mask, attention, decode_attention, grouped_matmul\n"
+    script += "print(*(x.__module__ for x in (attention, decode_attention, grouped_matmul)))"
+    assert run(script) == "kernels.attention.api kernels.decode_attention.api kernels.grouped_matmul.api"
 
 
 def test_transformers_works_beside_it():

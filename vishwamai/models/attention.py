@@ -6,7 +6,7 @@ from flax import nnx
 from jax.nn import initializers
 from jaxtyping import Array, Float, Int
 
-from kernels import Mask, attention
+from kernels import Mask, attention, decode_attention
 from vishwamai.models.cache import KeysValues, extended
 from vishwamai.models.config import LayerType, TextConfig
 from vishwamai.models.layers import Linear, RMSNorm
@@ -53,9 +53,10 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, angles[self.kind]), rotate(k, angles[self.kind])
         keys_values = KeysValues(k.swapaxes(1, 2), v.swapaxes(1, 2))
+        attend = attention
         if past is not None:
-            keys_values, read, mask = extended(past, keys_values, mask, self.window, length)
-            k, v = (x.swapaxes(1, 2) for x in read)
+            keys_values, (k, v), mask = extended(past, keys_values, mask, self.window, length)
+            attend = decode_attention
         mask = replace(mask, window=self.window if mask.causal else None)
-        out = attention(q, k, v, mask, scale=self.scale, logit_softcap=self.softcap)
+        out = attend(q, k, v, mask, scale=self.scale, logit_softcap=self.softcap)
         return self.o_proj(out.reshape(*x.shape[:2], -1)), keys_values

@@ -1,0 +1,101 @@
+"""The one entry point for a few new tokens against a long cache: checks what it is given and picks a backend."""
+
+import functools
+
+import jax.numpy as jnp
+from jax import custom_jvp
+from jaxtyping import Array, Float
+
+from kernels.attention.api import DTYPES
+from kernels.attention.mask import Mask, check
+from kernels.backends import EVERYWHERE, Backend, choose
+from kernels.decode_attention import reference, tpu, xla
+from kernels.decode_attention.quantized import LARGEST, Quantized
+
+# In order of preference.
+BACKENDS = {
+    "tpu": Backend(("tpu",), tpu.decode_attention, tpu.refusal),
+    "xla": Backend(EVERYWHERE, xla.decode_attention),
+    "reference": Backend((), reference.decode_attention),
+}
+
+
+def decode_attention(
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B K S H"] | Quantized,
+    v: Float[Array, "B K S V"] | Quantized,
+    mask: Mask | None = None,
+    scale: float | None = None,
+    logit_softcap: float | None = None,
+    sinks: Float[Array, " N"] | None = None,
+    backend: str = "auto",
+) -> Float[Array, "B T N V"]:
+    """`kernels.attention` for T new tokens, one or a few, against S cached ones: bound by reading the cache once.
+
+    Three things differ. Keys and values lie heads first, as a cache keeps them for its reader: a layout that would
+    have to be turned costs more than attention itself. They may be quantised (`kernels.decode_attention.quantized`),
+    each vector with its own scale. And what no query of a row sees is as if it were not there, NaN included: free
+    slots may hold anything. Query head n reads key head n // (N / K), keys are never repeated; a row that sees no key
+    gives 0; sums are at least float32. There is no gradient.
+
+    Args:
+        mask: what each query sees, as in `kernels.attention`; None is everything. For rows of unequal lengths
+            `Mask(causal=True, q_offset=lengths)`, where `lengths` (int `B`) were written before these T.
+        scale, logit_softcap, sinks: as in `kernels.attention`.
+        backend: "auto", "tpu" (Pallas), "xla" or "reference" (for tests).
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown backend, or one that can't do what is asked.
+        TypeError: q of none of bfloat16, float32, float64; k or v neither of q's type nor quantised to int8 or
+            float8_e4m3fn; masks that are no integers.
+        NotImplementedError: somebody differentiates it.
+    """
+    mask = Mask() if mask is None else mask
+    _check(q, k, v, mask, logit_softcap, sinks)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    run = choose("decode_attention", BACKENDS, backend, q, k, v, mask, scale, logit_softcap, sinks)
+    return _without_gradient(run, scale, logit_softcap, q, k, v, mask, sinks).astype(q.dtype)
+
+
+@functools.partial(custom_jvp, nondiff_argnums=(0, 1, 2))
+def _without_gradient(run, scale, logit_softcap, q, k, v, mask, sinks):
+    return run(q, k, v, mask, scale, logit_softcap, sinks)
+
+
+@_without_gradient.defjvp
+def _no_gradient(*arguments):
+    raise NotImplementedError("decode_attention has no gradient: differentiate kernels.attention, which has")
+
+
+def _check(q, k, v, mask: Mask, logit_softcap, sinks) -> None:
+    values = {name: x.values if isinstance(x, Quantized) else x for name, x in (("k", k), ("v", v))}
+    found = f"found q {q.shape}, " + ", ".join(f"{name} {x.shape}" for name, x in values.items())
+    keys, its_values = values.values()
+    if not (q.ndim == keys.ndim == its_values.ndim == 4):
+        raise ValueError(f"q, k and v must be B T N H, B K S H and B K S V (heads before slots), {found}")
+    if 0 in (*q.shape, *keys.shape, *its_values.shape):
+        raise ValueError(f"q, k and v must not be empty, {found}")
+    (batch, num_queries, num_heads, head_dim), (_, num_kv_heads, slots, _) = q.shape, keys.shape
+    if keys.shape[0] != batch or keys.shape[3] != head_dim or its_values.shape[:3] != keys.shape[:3]:
+        raise ValueError(f"q, k and v must share B, k and v also K and S, q and k also H (k is B K S H), {found}")
+    if num_heads % num_kv_heads:
+        raise ValueError(f"the query heads must be a multiple of the key heads (k is B K S H), {found}")
+    if q.dtype not in DTYPES:
+        raise TypeError(f"q must be one of {', '.join(DTYPES)}, found {q.dtype}")
+    for name, x in (("k", k), ("v", v)):
+        _check_type(name, x, q.dtype)
+    if logit_softcap is not None and not logit_softcap > 0:
+        raise ValueError(f"logit_softcap must be positive, found {logit_softcap}")
+    if sinks is not None and sinks.shape != (num_heads,):
+        raise ValueError(f"sinks must have shape ({num_heads},), one logit per query head, found {sinks.shape}")
+    check(mask, batch, num_queries, slots)
+
+
+def _check_type(name: str, x, dtype) -> None:
+    if not isinstance(x, Quantized):
+        if x.dtype != dtype:
+            raise TypeError(f"{name} must be {dtype} as q is, or Quantized, found {x.dtype}: cast or quantize it first")
+    elif jnp.dtype(x.values.dtype).name not in LARGEST:
+        raise TypeError(f"{name}'s values must be {' or '.join(LARGEST)}, found {x.values.dtype}: use quantize")
+    elif x.scales.shape != x.values.shape[:-1]:
+        raise ValueError(f"{name}'s scales must have shape {x.values.shape[:-1]}, found {x.scales.shape}")

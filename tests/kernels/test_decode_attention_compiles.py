@@ -1,0 +1,94 @@
+"""The decoding kernel, compiled by the real TPU compiler for four chips: every width, cache and length fits."""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from kernels import Mask, decode_attention
+from kernels.decode_attention.quantized import Quantized
+
+pytestmark = pytest.mark.slow
+CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+BFLOAT16, INT8, FLOAT8 = jnp.bfloat16, jnp.int8, jnp.float8_e4m3fn
+
+
+@pytest.fixture(scope="module", params=CHIPS)
+def chip(request):
+    """A device of this kind, which is not here."""
+    pytest.importorskip("libtpu")
+    from jax.experimental import topologies
+
+    known = dict(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
+    for name, value in (known | dict(TPU_ACCELERATOR_TYPE="v5litepod-4")).items():
+        os.environ.setdefault(name, value)
+    return topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[request.param]).devices[0]
+
+
+def compiled(device, f, *shapes):
+    mesh = jax.sharding.Mesh([device], ("x",))
+    here = jax.sharding.NamedSharding(mesh, jax.P())
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
+    kind = jax.sharding.AbstractDevice(
+        device_kind=device.device_kind, num_cores=getattr(device, "num_cores", 1), platform="tpu"
+    )
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=kind)):
+        lowered = jax.jit(f).lower(*shapes)
+    return lowered.compile()
+
+
+def cache(batch, kv_heads, slots, width, dtype):
+    values = jax.ShapeDtypeStruct((batch, kv_heads, slots, width), dtype)
+    if dtype not in (INT8, FLOAT8):
+        return values
+    return Quantized(values, jax.ShapeDtypeStruct(values.shape[:-1], jnp.float32))
+
+
+def decoding(batch, queries, heads, kv_heads, slots, width, v_width=None, dtype=BFLOAT16, kept=None, **options):
+    """The function and the shapes that it takes: a ragged batch."""
+    q = jax.ShapeDtypeStruct((batch, queries, heads, width), dtype)
+    k, v = (cache(batch, kv_heads, slots, size, kept or dtype) for size in (width, v_width or width))
+    lengths = jax.ShapeDtypeStruct((batch,), jnp.int32)
+
+    def run(q, k, v, lengths):
+        return decode_attention(q, k, v, Mask(causal=True, q_offset=lengths), backend="tpu", **options)
+
+    return run, q, k, v, lengths
+
+
+SHAPES = {
+    "Qwen3": dict(batch=8, queries=1, heads=16, kv_heads=8, slots=32_768, width=128),
+    "Qwen3, int8": dict(batch=8, queries=1, heads=16, kv_heads=8, slots=32_768, width=128, kept=INT8),
+    "Qwen3, float8": dict(batch=8, queries=1, heads=16, kv_heads=8, slots=32_768, width=128, kept=FLOAT8),
+    "many rows": dict(batch=64, queries=1, heads=16, kv_heads=8, slots=4096, width=128),
+    "128k": dict(batch=2, queries=1, heads=32, kv_heads=8, slots=131_072, width=128),
+    "128k, 16 proposals": dict(batch=2, queries=16, heads=32, kv_heads=8, slots=131_072, width=128),
+    "one key head, 16 proposals": dict(batch=2, queries=16, heads=64, kv_heads=1, slots=8192, width=128),
+    "no group": dict(batch=2, queries=2, heads=32, kv_heads=32, slots=4096, width=128, kept=INT8),
+    "odd": dict(batch=3, queries=5, heads=6, kv_heads=3, slots=1001, width=72, v_width=40, logit_softcap=30.0),
+    "short": dict(batch=1, queries=1, heads=2, kv_heads=1, slots=17, width=64),
+    "float32": dict(batch=2, queries=2, heads=16, kv_heads=8, slots=4096, width=128, dtype=jnp.float32),
+    "float32, int8": dict(batch=2, queries=2, heads=6, kv_heads=6, slots=500, width=64, dtype=jnp.float32, kept=INT8),
+    **{
+        f"{width} wide": dict(batch=2, queries=3, heads=8, kv_heads=4, slots=131_072, width=width, v_width=v_width)
+        for width, v_width in ((64, 64), (72, 72), (80, 80), (96, 96), (192, 128), (256, 256))
+    },
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_it_compiles_and_copies_no_cache(chip, shape):
+    f, *shapes = decoding(**shape)
+    program = compiled(chip, f, *shapes)
+    assert "decode_attention" in program.as_text()
+    read = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes[1:]))
+    assert program.memory_analysis().temp_size_in_bytes < max(read / 8, 2**20)
+
+
+def test_what_the_kernel_refuses_goes_to_xla(chip):
+    f, *shapes = decoding(batch=1, queries=32, heads=2, kv_heads=2, slots=256, width=128)
+    with pytest.raises(ValueError, match="at most 31 new tokens, found 32: kernels.attention is for more"):
+        compiled(chip, f, *shapes)
+    assert "tpu_custom_call" not in compiled(chip, lambda *x: decode_attention(*x), *shapes[:3]).as_text()
+    assert "tpu_custom_call" in compiled(chip, lambda q, *x: decode_attention(q[:, :1], *x), *shapes[:3]).as_text()
