@@ -5,12 +5,13 @@ import functools
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from kernels.attention import gpu, reference, sharding, xla
+from kernels.attention import gpu, reference, sharding, tpu, xla
 from kernels.attention.mask import Mask, check
 from kernels.backends import EVERYWHERE, Backend, choose
 
 # In order of preference.
 BACKENDS = {
+    "tpu": Backend(("tpu",), tpu.attention, tpu.refusal),
     "cudnn": Backend(("gpu",), gpu.attention, gpu.refusal),
     "xla": Backend(EVERYWHERE, xla.attention),
     "reference": Backend((), reference.attention),
@@ -40,7 +41,8 @@ def attention(
         logit_softcap: c gives c · tanh(logit / c), after the scale (Gemma 2, arXiv 2408.00118).
         sinks: one logit per head that joins the softmax and carries no value (attention sinks, arXiv 2309.17453).
         return_lse: also give the log of the softmax's denominator, sinks included; -inf where there is none.
-        backend: "auto", "cudnn" (GPU), "xla" (blocked: memory grows with T, not T · S) or "reference" (for tests).
+        backend: "auto", "tpu" (Pallas), "cudnn" (GPU), "xla" (blocked: memory grows with T, not T · S) or
+            "reference" (for tests).
         spec: how B, T and N of q lie on the mesh in context, as PartitionSpec(("data", "fsdp"), "context", "tensor");
             k, v and the mask lie accordingly and nothing is gathered. An axis for T makes a ring (`ring.py`), which
             needs T = S. None leaves it to XLA, which can't split a Pallas kernel.

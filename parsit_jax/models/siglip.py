@@ -14,7 +14,7 @@ from parsit_jax.models.config import PositionTable, VisionConfig
 from vishwamai.models.config import Remat
 from vishwamai.models.layers import Carried, Embedding, LayerNorm, Linear, parameter, scan, stack
 from vishwamai.models.transformer import ACTIVATION, CHECKPOINT
-from vishwamai.parallel.sharding import constrain
+from vishwamai.parallel.sharding import attention_spec, constrain
 
 XAVIER = initializers.xavier_uniform()
 
@@ -34,7 +34,7 @@ class VisionAttention(nnx.Module):
     def __call__(self, x: Float[Array, "B P D"], mask: Mask) -> Float[Array, "B P D"]:
         split = (*x.shape[:2], self.heads, -1)
         q, k, v = self.q_proj(x).reshape(split), self.k_proj(x).reshape(split), self.v_proj(x).reshape(split)
-        return self.out_proj(attention(q, k, v, mask).reshape(x.shape))
+        return self.out_proj(attention(q, k, v, mask, spec=attention_spec(q, k)).reshape(x.shape))
 
 
 class VisionMLP(nnx.Module):

@@ -1,41 +1,15 @@
 """The decoding kernel, compiled by the real TPU compiler for four chips: every width, cache and length fits."""
 
-import os
-
 import jax
 import jax.numpy as jnp
 import pytest
+from tpu_chips import CHIPS, compiled_for
 
 from kernels import Mask, decode_attention
 from kernels.decode_attention.quantized import Quantized
 
 pytestmark = pytest.mark.slow
-CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 BFLOAT16, INT8, FLOAT8 = jnp.bfloat16, jnp.int8, jnp.float8_e4m3fn
-
-
-@pytest.fixture(scope="module", params=CHIPS)
-def chip(request):
-    """A device of this kind, which is not here."""
-    pytest.importorskip("libtpu")
-    from jax.experimental import topologies
-
-    known = dict(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", ALLOW_MULTIPLE_LIBTPU_LOAD="1")
-    for name, value in (known | dict(TPU_ACCELERATOR_TYPE="v5litepod-4")).items():
-        os.environ.setdefault(name, value)
-    return topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[request.param]).devices[0]
-
-
-def compiled(device, f, *shapes):
-    mesh = jax.sharding.Mesh([device], ("x",))
-    here = jax.sharding.NamedSharding(mesh, jax.P())
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), shapes)
-    kind = jax.sharding.AbstractDevice(
-        device_kind=device.device_kind, num_cores=getattr(device, "num_cores", 1), platform="tpu"
-    )
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=kind)):
-        lowered = jax.jit(f).lower(*shapes)
-    return lowered.compile()
 
 
 def cache(batch, kv_heads, slots, width, dtype):
@@ -77,18 +51,23 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+# Every shape for one chip, some for the others.
+CASES = [(chip, shape) for chip in CHIPS for shape in (SHAPES if chip == "v5e" else ("Qwen3", "Qwen3, int8", "odd"))]
+
+
+@pytest.mark.parametrize("chip, shape", CASES)
 def test_it_compiles_and_copies_no_cache(chip, shape):
-    f, *shapes = decoding(**shape)
-    program = compiled(chip, f, *shapes)
+    f, *shapes = decoding(**SHAPES[shape])
+    program = compiled_for(chip, f, *shapes)
     assert "decode_attention" in program.as_text()
     read = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes[1:]))
     assert program.memory_analysis().temp_size_in_bytes < max(read / 8, 2**20)
 
 
-def test_what_the_kernel_refuses_goes_to_xla(chip):
+def test_what_the_kernel_refuses_goes_to_xla():
+    chip = "v5e"
     f, *shapes = decoding(batch=1, queries=32, heads=2, kv_heads=2, slots=256, width=128)
     with pytest.raises(ValueError, match="at most 31 new tokens, found 32: kernels.attention is for more"):
-        compiled(chip, f, *shapes)
-    assert "tpu_custom_call" not in compiled(chip, lambda *x: decode_attention(*x), *shapes[:3]).as_text()
-    assert "tpu_custom_call" in compiled(chip, lambda q, *x: decode_attention(q[:, :1], *x), *shapes[:3]).as_text()
+        compiled_for(chip, f, *shapes)
+    assert "tpu_custom_call" not in compiled_for(chip, lambda *x: decode_attention(*x), *shapes[:3]).as_text()
+    assert "tpu_custom_call" in compiled_for(chip, lambda q, *x: decode_attention(q[:, :1], *x), *shapes[:3]).as_text()

@@ -1,6 +1,7 @@
 """Grouped-query self-attention with rotary positions, q/k norm, a window and a cache, each where there is one."""
 
 from dataclasses import replace
+from functools import partial
 
 from flax import nnx
 from jax.nn import initializers
@@ -11,6 +12,7 @@ from vishwamai.models.cache import KeysValues, extended
 from vishwamai.models.config import LayerType, TextConfig
 from vishwamai.models.layers import Linear, RMSNorm
 from vishwamai.models.rope import Angles, rotate
+from vishwamai.parallel.sharding import attention_spec
 
 
 class Attention(nnx.Module):
@@ -53,10 +55,11 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, angles[self.kind]), rotate(k, angles[self.kind])
         keys_values = KeysValues(k.swapaxes(1, 2), v.swapaxes(1, 2))
-        attend = attention
         if past is not None:
             keys_values, (k, v), mask = extended(past, keys_values, mask, self.window, length)
             attend = decode_attention
+        else:
+            attend = partial(attention, spec=attention_spec(q, k))
         mask = replace(mask, window=self.window if mask.causal else None)
         out = attend(q, k, v, mask, scale=self.scale, logit_softcap=self.softcap)
         return self.o_proj(out.reshape(*x.shape[:2], -1)), keys_values

@@ -66,16 +66,31 @@ def row_shares(mesh: Mesh) -> int:
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Pins an activation's layout by logical axes; without a mesh in context it changes nothing."""
+    spec = activation_spec(x.shape, *axes)
+    return x if spec is None else jax.lax.with_sharding_constraint(x, spec)
+
+
+def activation_spec(shape: tuple[int, ...], *axes: str | None) -> PartitionSpec | None:
+    """How an activation lies on the mesh in context; None where there is none, or one device."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return x
+        return None
     entries = [RULES[name] if name is not None else None for name in axes]
     # A dimension that can't be split evenly (a batch of one at inference) is left to the compiler.
-    entries = [
-        entry if entry is None or size % _ways(entry, mesh) == 0 else None
-        for entry, size in zip(entries, x.shape, strict=True)
-    ]
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
+    return PartitionSpec(
+        *(
+            entry if entry is None or size % _ways(entry, mesh) == 0 else None
+            for entry, size in zip(entries, shape, strict=True)
+        )
+    )
+
+
+def attention_spec(q: jax.Array, k: jax.Array) -> PartitionSpec | None:
+    """How q (`B T N H`) lies on the mesh in context for `kernels.attention`; heads are split where k's allow it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    ways, kv_heads = 1 if mesh.empty else _ways(RULES["heads"], mesh), k.shape[2]
+    heads = "heads" if kv_heads % ways == 0 or ways % kv_heads == 0 else None
+    return activation_spec(q.shape[:3], "rows", None, heads)
 
 
 def _ways(target: str | tuple[str, ...] | None, mesh) -> int:
