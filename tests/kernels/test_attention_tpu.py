@@ -204,7 +204,7 @@ def test_bfloat16_is_as_exact_as_splash_attention(monkeypatch):
         chip.setattr(jax.lax, "dot_general", rounding)
         other = everything(run_theirs, qkv)
     with jax.enable_x64(True):
-        expected = everything(reference, [np.asarray(x).astype(np.float64) for x in qkv])
+        expected = jax.tree.map(np.asarray, everything(reference, [np.asarray(x).astype(np.float64) for x in qkv]))
     for name in ("out", "d_q", "d_k", "d_v"):
         ours_off, theirs_off = (
             np.sqrt(np.mean((np.asarray(x[name]).astype(np.float64) - expected[name]) ** 2)) for x in (found, other)
