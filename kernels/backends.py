@@ -1,6 +1,7 @@
 """Which implementation of a kernel runs: a table read from the top, and one line in the log that says which and why."""
 
 import functools
+import importlib
 import logging
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -31,6 +32,17 @@ def target() -> str:
     device = jax.sharding.get_abstract_mesh().abstract_device
     platform = jax.default_backend() if device is None else device.platform
     return "gpu" if platform in ("cuda", "rocm") else platform
+
+
+def left_to_xla() -> bool:
+    """Whether XLA will split what is traced over a mesh: not in a shard_map. It can't split a Pallas kernel."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.size > 1 and not mesh.are_all_axes_manual
+
+
+def lazily(module: str, name: str) -> Callable:
+    """A function of a module that is imported when it is first called: Pallas takes a second."""
+    return lambda *arguments, **options: getattr(importlib.import_module(module), name)(*arguments, **options)
 
 
 def choose(kernel: str, table: Mapping[str, Backend], asked: str, *arguments, **options) -> Callable:

@@ -17,14 +17,19 @@ ENVIRONMENT = {
 }
 
 
-def compiled_for(chip: str, f: Callable, *shapes):
-    """`f` of arrays like `shapes` (anything with shape and dtype), compiled for one device of that chip."""
+def devices(chip: str) -> list:
+    """Devices of a small slice. Skips the test without libtpu."""
     pytest.importorskip("libtpu")
     from jax.experimental import topologies
 
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    device = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip]).devices[0]
+    return topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip]).devices
+
+
+def compiled_for(chip: str, f: Callable, *shapes):
+    """`f` of arrays like `shapes` (anything with shape and dtype), compiled for one device of that chip."""
+    device = devices(chip)[0]
     place = NamedSharding(Mesh(np.array([device]), ("x",)), PartitionSpec())
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
     kind = AbstractDevice(device_kind=device.device_kind, num_cores=device.num_cores, platform="tpu")

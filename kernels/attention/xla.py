@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from kernels.attention.mask import Mask, clear_padding, key_range, visible
+from kernels.backends import left_to_xla
 
 TOGETHER = 8 * 1024 * 1024  # logits in all; of more, one key head's after the other's are made
 BLOCK_LOGITS = 4 * 1024 * 1024  # logits that exist at once: 16 MiB in float32
@@ -59,18 +60,13 @@ def attention(q, k, v, mask: Mask, scale: float, logit_softcap: float | None, si
     """As `reference.attention`; memory grows with T + S, forward and backward."""
     batch, num_queries, num_heads, _ = q.shape
     num_keys, num_kv_heads = k.shape[1:3]
-    if batch * num_heads * num_queries * num_keys <= TOGETHER or num_kv_heads == 1 or _left_to_xla():
+    if batch * num_heads * num_queries * num_keys <= TOGETHER or num_kv_heads == 1 or left_to_xla():
+        # XLA would gather the heads of a mesh to take them one after the other.
         return _attention(q, k, v, mask, scale, logit_softcap, sinks)
     heads = [jnp.moveaxis(x.reshape(*x.shape[:2], num_kv_heads, -1, x.shape[-1]), 2, 0) for x in (q, k, v)]
     heads.append(None if sinks is None else sinks.reshape(num_kv_heads, -1))
     out, lse = lax.map(lambda x: _attention(*x[:3], mask, scale, logit_softcap, x[3]), tuple(heads))
     return tuple(jnp.moveaxis(x, 0, 2).reshape(*q.shape[:3], *x.shape[4:]) for x in (out, lse))
-
-
-def _left_to_xla() -> bool:
-    """Whether XLA splits this over a mesh: it would gather heads to take them one after the other."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return any(mesh.shape[name] > 1 for name in mesh.auto_axes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))

@@ -8,13 +8,14 @@ from jaxtyping import Array, Float
 
 from kernels.attention.api import DTYPES
 from kernels.attention.mask import Mask, check
-from kernels.backends import EVERYWHERE, Backend, choose
-from kernels.decode_attention import reference, tpu, xla
+from kernels.backends import EVERYWHERE, Backend, choose, lazily
+from kernels.decode_attention import reference, xla
 from kernels.decode_attention.quantized import LARGEST, Quantized
 
+_tpu = functools.partial(lazily, "kernels.decode_attention.tpu")
 # In order of preference.
 BACKENDS = {
-    "tpu": Backend(("tpu",), tpu.decode_attention, tpu.refusal),
+    "tpu": Backend(("tpu",), _tpu("decode_attention"), _tpu("refusal")),
     "xla": Backend(EVERYWHERE, xla.decode_attention),
     "reference": Backend((), reference.decode_attention),
 }

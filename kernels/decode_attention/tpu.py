@@ -21,7 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from kernels.attention.mask import Mask, visible
-from kernels.backends import target
+from kernels.backends import left_to_xla, target
 from kernels.decode_attention.quantized import Quantized
 
 MAX_QUERIES = 31  # tokens: which of them see a slot is one int32
@@ -57,9 +57,8 @@ def refusal(q, k, v, mask: Mask, scale: float, logit_softcap, sinks) -> str | No
         return f"it is for TPUs, and this is compiled for {target()}"
     if q.dtype == jnp.float64:
         return "TPUs have no float64"
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.size > 1 and not mesh.are_all_axes_manual:
-        return f"XLA can't split a kernel over {mesh.size} devices: call it in a shard_map over rows and key heads"
+    if left_to_xla():
+        return "XLA can't split a kernel over a mesh: call it in a shard_map over rows and key heads"
     if q.shape[1] > MAX_QUERIES:
         return f"it takes at most {MAX_QUERIES} new tokens, found {q.shape[1]}: kernels.attention is for more"
     return None

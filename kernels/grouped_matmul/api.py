@@ -1,20 +1,17 @@
 """The one entry point for products of sorted rows with one matrix per group."""
 
-import importlib
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels.backends import EVERYWHERE, Backend, choose
+from kernels.backends import EVERYWHERE, Backend, choose, lazily
 from kernels.grouped_matmul import quantized, reference, xla
 from kernels.grouped_matmul.quantized import Quantized
 
-
-def _tpu(name: str):
-    """A function of the TPU backend, which is imported when it is first asked: Pallas takes a second."""
-    return lambda *arguments: getattr(importlib.import_module("kernels.grouped_matmul.tpu.backend"), name)(*arguments)
+_tpu = partial(lazily, "kernels.grouped_matmul.tpu.backend")
 
 
 def _dequantized(run: Callable):

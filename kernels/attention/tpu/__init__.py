@@ -1,10 +1,13 @@
 """Flash attention for TPUs in Pallas Mosaic, forward and backward. Pallas is imported when it is called."""
 
 from kernels.attention.mask import Mask
+from kernels.backends import left_to_xla
 
 
 def refusal(q, k, v, mask: Mask, scale: float, logit_softcap: float | None, sinks) -> str | None:
     """Why the kernel can't do this; None where it can."""
+    if left_to_xla():
+        return "XLA can't split a kernel over a mesh: give attention a spec"
     if q.dtype == "float64":
         return "the TPU has no float64"
     if q.shape[-1] % 8 or v.shape[-1] % 8:

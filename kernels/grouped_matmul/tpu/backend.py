@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels.backends import target
+from kernels.backends import left_to_xla, target
 from kernels.grouped_matmul.quantized import Quantized
 from kernels.grouped_matmul.tpu import tiles
 from kernels.grouped_matmul.tpu.outer import outer
@@ -17,6 +17,8 @@ def refusal(x, w, group_sizes, turned) -> str | None:
     """Why these kernels can't do it, None where they can."""
     if (platform := target()) != "tpu":
         return f"it is for TPUs, not for {platform}"
+    if left_to_xla():
+        return "XLA can't split a kernel over a mesh: call it in a shard_map over rows"
     values = w.values if isinstance(w, Quantized) else w
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         return f"rows are bfloat16 or float32, found {x.dtype}"
