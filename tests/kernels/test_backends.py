@@ -1,12 +1,13 @@
 """The table of backends: preference, refusals with their reasons, and the platform that is compiled for."""
 
 import logging
+import sys
 
 import jax
 import pytest
 
 from kernels import backends
-from kernels.backends import Backend, choose, target
+from kernels.backends import Backend, choose, lazily, left_to_xla, target
 
 TABLE = {
     "fast": Backend(("cpu", "tpu"), lambda size: f"fast {size}", lambda size: "it is odd" if size % 2 else None),
@@ -55,3 +56,22 @@ def test_what_counts_is_the_platform_that_is_compiled_for(platform, expected):
     assert target() == "cpu"
     with jax.sharding.use_abstract_mesh(mesh):
         assert target() == expected
+
+
+def test_what_xla_splits():
+    """A mesh outside of a shard_map; inside, each device has its part."""
+    assert not left_to_xla()
+    with jax.set_mesh(jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))):
+        found = [left_to_xla()]
+        jax.eval_shape(
+            jax.shard_map(lambda x: (found.append(left_to_xla()), x)[1], in_specs=jax.P("x"), out_specs=jax.P("x")),
+            jax.ShapeDtypeStruct((8,), "float32"),
+        )
+    assert found == [True, False]
+
+
+def test_a_module_is_imported_when_it_is_called(monkeypatch):
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    function = lazily("colorsys", "rgb_to_hsv")
+    assert "colorsys" not in sys.modules
+    assert function(0, 0, 0) == (0, 0, 0)

@@ -245,7 +245,7 @@ def test_the_kernel_refuses_what_it_cannot():
             return tpu.refusal(q, k, v, Mask(), 1.0, None, None)
 
     assert reason(1) is None
-    assert "can't split a kernel over 4 devices" in reason(4)
+    assert "can't split a kernel over a mesh" in reason(4)
     assert "at most 31 new tokens, found 32" in reason(1, queries=32)
     assert "no float64" in reason(1, dtype=np.float64)
 
