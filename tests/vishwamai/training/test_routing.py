@@ -142,3 +142,12 @@ def test_moved_biases_by_hand():
     stacked = jax.tree.map(lambda x: x[None], routing([1, 5, 3], [0, 0, 0], 9))
     moved = dict(nnx.to_flat_state(moved_biases(state, {"3::2": stacked}, 0.5)))[path].get_value()
     assert_array_equal(moved, [[0.5, -0.5, 0]])
+
+
+def test_the_z_loss_is_a_mean_over_tokens_and_layers():
+    layers = {
+        "0": Routing(*map(np.float32, ([2, 2, 0, 0], [1, 1, 0, 0], 6, 0, 0, 2))),
+        "1": Routing(*map(np.float32, ([4, 0, 0, 0], [2, 0, 0, 0], 10, 0, 0, 2))),
+    }
+    mixture = MixtureConfig(**MIXTURE, router_aux_loss_coef=0.0, router_z_loss_coef=0.5)
+    assert_allclose(router_losses(layers, mixture)[0], 0.5 * (6 + 10) / 4)
