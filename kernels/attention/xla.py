@@ -24,7 +24,7 @@ from kernels.attention.mask import Mask, clear_padding, key_range, visible
 from kernels.backends import left_to_xla
 
 TOGETHER = 8 * 1024 * 1024  # logits in all; of more, one key head's after the other's are made
-BLOCK_LOGITS = 4 * 1024 * 1024  # logits that exist at once: 16 MiB in float32
+BLOCK_LOGITS = 4 * 1024 * 1024  # logits that exist at once: 16 MiB in float32; of long texts half as many
 MIN_BLOCK = 16  # rows, however many keys there are
 MAX_PIECES = 8  # a causal mask then costs 1/2 + 1/16 of the full one; each piece is compiled by itself
 MIN_PIECE = 64  # rows; with fewer, products lose more speed than the skipped keys save
@@ -44,11 +44,12 @@ def plan(batch_heads: int, num_queries: int, num_keys: int, mask: Mask) -> list[
     """Pieces that cover all queries, in order."""
     skips = key_range(mask, 0, 1, num_keys) != key_range(mask, num_queries - 1, num_queries, num_keys)
     step = max(MIN_PIECE, -(-num_queries // MAX_PIECES)) if skips else num_queries
+    at_once = BLOCK_LOGITS if batch_heads * num_queries * num_keys <= TOGETHER else BLOCK_LOGITS // 2
     pieces = []
     for start in range(0, num_queries, step):
         stop = min(start + step, num_queries)
         low, high = key_range(mask, start, stop, num_keys)
-        rows = min(stop - start, max(MIN_BLOCK, BLOCK_LOGITS // (batch_heads * (high - low))))
+        rows = min(stop - start, max(MIN_BLOCK, at_once // (batch_heads * (high - low))))
         blocks, rest = divmod(stop - start, rows)
         pieces.append(Piece(start, rows, blocks, low, high))
         if rest:

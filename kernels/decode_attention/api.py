@@ -10,7 +10,7 @@ from kernels.attention.api import DTYPES
 from kernels.attention.mask import Mask, check
 from kernels.backends import EVERYWHERE, Backend, choose, lazily
 from kernels.decode_attention import reference, xla
-from kernels.decode_attention.quantized import LARGEST, Quantized
+from kernels.decode_attention.quantized import LARGEST, QuantizedVectors
 
 _tpu = functools.partial(lazily, "kernels.decode_attention.tpu")
 # In order of preference.
@@ -23,8 +23,8 @@ BACKENDS = {
 
 def decode_attention(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B K S H"] | Quantized,
-    v: Float[Array, "B K S V"] | Quantized,
+    k: Float[Array, "B K S H"] | QuantizedVectors,
+    v: Float[Array, "B K S V"] | QuantizedVectors,
     mask: Mask | None = None,
     scale: float | None = None,
     logit_softcap: float | None = None,
@@ -69,7 +69,7 @@ def _no_gradient(*arguments):
 
 
 def _check(q, k, v, mask: Mask, logit_softcap, sinks) -> None:
-    values = {name: x.values if isinstance(x, Quantized) else x for name, x in (("k", k), ("v", v))}
+    values = {name: x.values if isinstance(x, QuantizedVectors) else x for name, x in (("k", k), ("v", v))}
     found = f"found q {q.shape}, " + ", ".join(f"{name} {x.shape}" for name, x in values.items())
     keys, its_values = values.values()
     if not (q.ndim == keys.ndim == its_values.ndim == 4):
@@ -93,9 +93,11 @@ def _check(q, k, v, mask: Mask, logit_softcap, sinks) -> None:
 
 
 def _check_type(name: str, x, dtype) -> None:
-    if not isinstance(x, Quantized):
+    if not isinstance(x, QuantizedVectors):
         if x.dtype != dtype:
-            raise TypeError(f"{name} must be {dtype} as q is, or Quantized, found {x.dtype}: cast or quantize it first")
+            raise TypeError(
+                f"{name} must be {dtype} as q is, or QuantizedVectors, found {x.dtype}: cast or quantize it first"
+            )
     elif jnp.dtype(x.values.dtype).name not in LARGEST:
         raise TypeError(f"{name}'s values must be {' or '.join(LARGEST)}, found {x.values.dtype}: use quantize")
     elif x.scales.shape != x.values.shape[:-1]:

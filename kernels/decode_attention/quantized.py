@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Num
 LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
 
 
-class Quantized(NamedTuple):
+class QuantizedVectors(NamedTuple):
     """`values * scales[..., None]`."""
 
     values: Num[Array, "... H"]
@@ -19,7 +19,7 @@ class Quantized(NamedTuple):
         return self.values.astype(dtype) * self.scales.astype(dtype)[..., None]
 
 
-def quantize(x: Float[Array, "... H"], dtype: Any) -> Quantized:
+def quantize(x: Float[Array, "... H"], dtype: Any) -> QuantizedVectors:
     """Vectors of int8 or float8_e4m3fn with a float32 scale each, which takes the largest component to the type's end.
 
     A component is off by at most max|x| / 254 as int8, and as float8 by 1/16 of itself or max|x| / 458,752, whichever
@@ -36,4 +36,4 @@ def quantize(x: Float[Array, "... H"], dtype: Any) -> Quantized:
     scales = jnp.where(scales == 0, 1, scales)
     values = jnp.clip(wide / scales[..., None], -LARGEST[name], LARGEST[name])
     values = jnp.round(values) if jnp.issubdtype(dtype, jnp.integer) else values
-    return Quantized(values.astype(dtype), jax.lax.stop_gradient(scales))
+    return QuantizedVectors(values.astype(dtype), jax.lax.stop_gradient(scales))

@@ -5,13 +5,13 @@ from jaxtyping import Array, Float
 
 from kernels.attention import reference
 from kernels.attention.mask import Mask, visible
-from kernels.decode_attention.quantized import Quantized
+from kernels.decode_attention.quantized import QuantizedVectors
 
 
 def decode_attention(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B K S H"] | Quantized,
-    v: Float[Array, "B K S V"] | Quantized,
+    k: Float[Array, "B K S H"] | QuantizedVectors,
+    v: Float[Array, "B K S V"] | QuantizedVectors,
     mask: Mask,
     scale: float,
     logit_softcap: float | None,
@@ -19,7 +19,7 @@ def decode_attention(
 ) -> Float[Array, "B T N V"]:
     """In at least float32; arguments as in `kernels.decode_attention`, all checked."""
     stats = jnp.promote_types(q.dtype, jnp.float32)
-    k, v = (x.dequantized(stats) if isinstance(x, Quantized) else x.astype(stats) for x in (k, v))
+    k, v = (x.dequantized(stats) if isinstance(x, QuantizedVectors) else x.astype(stats) for x in (k, v))
     seen = visible(mask, 0, q.shape[1], 0, k.shape[2])
     if seen is not None:
         seen = jnp.any(seen, axis=1)[:, None, :, None]

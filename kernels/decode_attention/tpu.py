@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, Int
 
 from kernels.attention.mask import Mask, visible
 from kernels.backends import left_to_xla, target
-from kernels.decode_attention.quantized import Quantized
+from kernels.decode_attention.quantized import QuantizedVectors
 
 MAX_QUERIES = 31  # tokens: which of them see a slot is one int32
 STEP_SECONDS = 1.5e-6  # that a step's copy should take: less is latency, more is read in vain at a row's end
@@ -66,8 +66,8 @@ def refusal(q, k, v, mask: Mask, scale: float, logit_softcap, sinks) -> str | No
 
 def decode_attention(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B K S H"] | Quantized,
-    v: Float[Array, "B K S V"] | Quantized,
+    k: Float[Array, "B K S H"] | QuantizedVectors,
+    v: Float[Array, "B K S V"] | QuantizedVectors,
     mask: Mask,
     scale: float,
     logit_softcap: float | None,
@@ -79,7 +79,7 @@ def decode_attention(
 
     blocks: None takes what suits the chip. interpret: on any platform, for tests.
     """
-    (k, k_scales), (v, v_scales) = (x if isinstance(x, Quantized) else (x, None) for x in (k, v))
+    (k, k_scales), (v, v_scales) = (x if isinstance(x, QuantizedVectors) else (x, None) for x in (k, v))
     (batch, num_queries, num_heads, _), (_, num_kv_heads, slots, _) = q.shape, k.shape
     seen = visible(mask, 0, num_queries, 0, slots)
     bits = _bits(jnp.ones((), bool) if seen is None else seen, batch, num_queries, slots)

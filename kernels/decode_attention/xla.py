@@ -4,20 +4,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kernels.attention.mask import Mask, visible
-from kernels.decode_attention.quantized import Quantized
+from kernels.decode_attention.quantized import QuantizedVectors
 
 
 def decode_attention(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B K S H"] | Quantized,
-    v: Float[Array, "B K S V"] | Quantized,
+    k: Float[Array, "B K S H"] | QuantizedVectors,
+    v: Float[Array, "B K S V"] | QuantizedVectors,
     mask: Mask,
     scale: float,
     logit_softcap: float | None,
     sinks: Float[Array, " N"] | None,
 ) -> Float[Array, "B T N V"]:
     """As `reference.decode_attention`. A vector's scale is put on its logit, or on its weight."""
-    (k, k_scales), (v, v_scales) = (x if isinstance(x, Quantized) else (x, None) for x in (k, v))
+    (k, k_scales), (v, v_scales) = (x if isinstance(x, QuantizedVectors) else (x, None) for x in (k, v))
     stats = jnp.promote_types(q.dtype, jnp.float32)
     (batch, num_queries, num_heads, _), num_kv_heads = q.shape, k.shape[1]
     rows = q.reshape(batch, num_queries, num_kv_heads, -1, q.shape[-1]).transpose(0, 2, 3, 1, 4)

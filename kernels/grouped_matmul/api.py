@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from kernels.backends import EVERYWHERE, Backend, choose, lazily
 from kernels.grouped_matmul import quantized, reference, xla
-from kernels.grouped_matmul.quantized import Quantized
+from kernels.grouped_matmul.quantized import QuantizedMatrices
 
 _tpu = partial(lazily, "kernels.grouped_matmul.tpu.backend")
 
@@ -18,7 +18,7 @@ def _dequantized(run: Callable):
     """For a backend that knows no quantized matrices: all of them are widened, and get no gradient."""
 
     def widened(x, w, group_sizes, transpose_w):
-        if isinstance(w, Quantized):
+        if isinstance(w, QuantizedMatrices):
             w = jax.lax.stop_gradient(w).dequantized(transpose_w, x.dtype)
         return run(x, w, group_sizes, transpose_w)
 
@@ -35,7 +35,7 @@ BACKENDS = {
 
 def grouped_matmul(
     x: Float[Array, "M D"],
-    w: Float[Array, "E D F"] | Quantized,
+    w: Float[Array, "E D F"] | QuantizedMatrices,
     group_sizes: Int[Array, " E"],
     *,
     transpose_w: bool = False,
@@ -47,7 +47,7 @@ def grouped_matmul(
     without rows has a gradient of exactly 0.
 
     Args:
-        w: or `kernels.grouped_matmul.quantized.Quantized`: 8 bits with scales. Those get no gradient, x does.
+        w: or `kernels.grouped_matmul.quantized.QuantizedMatrices`: 8 bits with scales. Those get no gradient, x does.
         transpose_w: w is E F D, and its matrices are used transposed.
         backend: "auto", "tpu" (Pallas: bfloat16 or float32 rows), "xla" (blocks of rows: work grows with the rows
             there are) or "reference" (for tests).
@@ -56,7 +56,7 @@ def grouped_matmul(
         ValueError: shapes that do not fit, or an unknown backend.
         TypeError: group sizes that are no integers, quantized values that are none of 8 bits.
     """
-    shape = w.values.shape if isinstance(w, Quantized) else w.shape
+    shape = w.values.shape if isinstance(w, QuantizedMatrices) else w.shape
     found = f"found x {x.shape}, w {shape}"
     if x.ndim != 2 or len(shape) != 3 or x.shape[1] != shape[2 if transpose_w else 1]:
         raise ValueError(f"x must be M D and w {'E F D' if transpose_w else 'E D F'}, {found}")
@@ -66,7 +66,7 @@ def grouped_matmul(
         )
     if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
         raise TypeError(f"group_sizes must be integers, found {group_sizes.dtype}")
-    if isinstance(w, Quantized):
+    if isinstance(w, QuantizedMatrices):
         quantized.check(w, transpose_w)
     arguments = x, w, group_sizes, transpose_w
     return choose("grouped_matmul", BACKENDS, backend, *arguments)(*arguments).astype(x.dtype)

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Num
 DTYPES = ("int8", "float8_e4m3fn", "float8_e5m2")
 
 
-class Quantized(NamedTuple):
+class QuantizedMatrices(NamedTuple):
     """One matrix per group: `values` times `scales`, one for each column of the product or one for everything."""
 
     values: Num[Array, "E D F"]  # E F D where it is used transposed
@@ -24,7 +24,7 @@ class Quantized(NamedTuple):
         return (self.values.astype(jnp.float32) * self.spread(transpose_w)).astype(dtype)
 
 
-def check(w: Quantized, transpose_w: bool) -> None:
+def check(w: QuantizedMatrices, transpose_w: bool) -> None:
     """Raises ValueError or TypeError for scales that do not fit or values that are not 8 bits wide."""
     if w.values.dtype not in DTYPES:
         raise TypeError(f"quantized values must be one of {', '.join(DTYPES)}, found {w.values.dtype}")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kernels import Mask, attention, decode_attention
 from kernels.attention.mask import visible
 from kernels.decode_attention import tpu
-from kernels.decode_attention.quantized import Quantized, quantize
+from kernels.decode_attention.quantized import QuantizedVectors, quantize
 
 
 def inputs(seed, batch, queries, slots, heads, kv_heads, width, v_width=0, dtype=np.float32):
@@ -27,7 +27,8 @@ def exact(q, k, v, mask=None, sinks=None, **options):
     wide = lambda x: None if x is None else np.asarray(x).astype(np.float64)  # noqa: E731
     with jax.enable_x64(True):
         k, v = (
-            Quantized(*map(wide, x)).dequantized(np.float64) if isinstance(x, Quantized) else wide(x) for x in (k, v)
+            QuantizedVectors(*map(wide, x)).dequantized(np.float64) if isinstance(x, QuantizedVectors) else wide(x)
+            for x in (k, v)
         )
         out = decode_attention(wide(q), k, v, mask, sinks=wide(sinks), backend="reference", **options)
         assert out.dtype == np.float64
@@ -224,9 +225,17 @@ def test_split_over_batch_and_heads_nothing_is_gathered():
         ({"sinks": np.zeros(3, np.float32)}, ValueError, r"shape \(4,\)"),
         ({"mask": Mask(kv_length=np.zeros(2, int))}, ValueError, "Mask.kv_length must have shape"),
         ({"q_dtype": np.float16}, TypeError, "q must be one of bfloat16, float32, float64, found float16"),
-        ({"q_dtype": jnp.bfloat16}, TypeError, "k must be bfloat16 as q is, or Quantized, found float32"),
-        ({"v": Quantized(np.zeros((1, 2, 30, 8), np.int16), np.zeros((1, 2, 30)))}, TypeError, "int8 or float8_e4m3fn"),
-        ({"v": Quantized(np.zeros((1, 2, 30, 8), np.int8), np.zeros((1, 2)))}, ValueError, r"shape \(1, 2, 30\)"),
+        ({"q_dtype": jnp.bfloat16}, TypeError, "k must be bfloat16 as q is, or QuantizedVectors, found float32"),
+        (
+            {"v": QuantizedVectors(np.zeros((1, 2, 30, 8), np.int16), np.zeros((1, 2, 30)))},
+            TypeError,
+            "int8 or float8_e4m3fn",
+        ),
+        (
+            {"v": QuantizedVectors(np.zeros((1, 2, 30, 8), np.int8), np.zeros((1, 2)))},
+            ValueError,
+            r"shape \(1, 2, 30\)",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(change, error, message):

@@ -6,7 +6,7 @@ import pytest
 from tpu_chips import CHIPS, compiled_for
 
 from kernels import Mask, decode_attention
-from kernels.decode_attention.quantized import Quantized
+from kernels.decode_attention.quantized import QuantizedVectors
 
 pytestmark = pytest.mark.slow
 BFLOAT16, INT8, FLOAT8 = jnp.bfloat16, jnp.int8, jnp.float8_e4m3fn
@@ -16,7 +16,7 @@ def cache(batch, kv_heads, slots, width, dtype):
     values = jax.ShapeDtypeStruct((batch, kv_heads, slots, width), dtype)
     if dtype not in (INT8, FLOAT8):
         return values
-    return Quantized(values, jax.ShapeDtypeStruct(values.shape[:-1], jnp.float32))
+    return QuantizedVectors(values, jax.ShapeDtypeStruct(values.shape[:-1], jnp.float32))
 
 
 def decoding(batch, queries, heads, kv_heads, slots, width, v_width=None, dtype=BFLOAT16, kept=None, **options):

@@ -4,25 +4,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grouped_in_float64 import exact
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import grouped_matmul
-from kernels.grouped_matmul.quantized import Quantized
+from kernels.grouped_matmul.quantized import QuantizedMatrices
 
 BACKENDS = ("xla", "reference")
-
-
-def expected(x, w, sizes, dy):
-    """y, dx, dw in float64."""
-    x, w, dy = (np.asarray(a, np.float64) for a in (x, w, dy))
-    y, dx, dw = np.zeros((len(x), w.shape[2])), np.zeros_like(x), np.zeros_like(w)
-    start = 0
-    for group, size in enumerate(sizes):
-        rows = slice(start, start + size)
-        y[rows], dx[rows], dw[group] = x[rows] @ w[group], dy[rows] @ w[group].T, x[rows].T @ dy[rows]
-        start += size
-    return y, dx, dw
 
 
 def arrays(sizes, behind, inner, width, seed=0):
@@ -39,7 +28,7 @@ def check(sizes, behind, inner, width, backend, turned=False, dtype=jnp.float32,
     dx, dw = back(dy)
     dw = dw.swapaxes(1, 2) if turned else dw
     assert y.dtype == dx.dtype == dw.dtype == dtype
-    for name, got, true in zip(("y", "dx", "dw"), (y, dx, dw), expected(x, w, sizes, dy), strict=True):
+    for name, got, true in zip(("y", "dx", "dw"), (y, dx, dw), exact(x, w, sizes, dy), strict=True):
         largest = max(np.abs(true).max(initial=0), 1e-3)
         assert np.abs(np.asarray(got, np.float64) - true).max(initial=0) <= limit * largest, name
     live = sum(sizes)
@@ -103,11 +92,13 @@ def test_quantized_matrices(backend, one_scale, dtype):
     scales = jnp.asarray(0.3 if one_scale else draw.uniform(0.1, 1, (3, 6)), jnp.float32)
     plain = np.asarray(values, np.float64) * np.broadcast_to(scales, (3, 6))[:, None]
     for turned in (False, True):
-        w = Quantized(values.swapaxes(1, 2) if turned else values, scales)
+        w = QuantizedMatrices(values.swapaxes(1, 2) if turned else values, scales)
         y, back = jax.vjp(lambda x: grouped_matmul(x, w, sizes, transpose_w=turned, backend=backend), x)  # noqa: B023
-        for got, true in zip((y, *back(dy)), expected(x, plain, [3, 0, 4], dy)[:2], strict=True):
+        for got, true in zip((y, *back(dy)), exact(x, plain, [3, 0, 4], dy)[:2], strict=True):
             np.testing.assert_allclose(got, true, rtol=1e-5, atol=1e-4)
-    gradient = jax.grad(lambda scales: grouped_matmul(x, Quantized(values, scales), sizes, backend=backend).sum())
+    gradient = jax.grad(
+        lambda scales: grouped_matmul(x, QuantizedMatrices(values, scales), sizes, backend=backend).sum()
+    )
     assert not np.any(gradient(scales))
 
 
@@ -121,8 +112,8 @@ def test_bad_arguments_are_named():
     with pytest.raises(TypeError, match="must be integers, found float32"):
         grouped_matmul(x, w, jnp.array([2.0, 2.0]))
     with pytest.raises(TypeError, match="must be one of int8, float8_e4m3fn, float8_e5m2, found float32"):
-        grouped_matmul(x, Quantized(w, jnp.ones(())), sizes)
+        grouped_matmul(x, QuantizedMatrices(w, jnp.ones(())), sizes)
     with pytest.raises(ValueError, match=r"a number or have shape \(2, 5\), .* found \(2, 3\)"):
-        grouped_matmul(x, Quantized(w.astype(jnp.int8), jnp.ones((2, 3))), sizes)
+        grouped_matmul(x, QuantizedMatrices(w.astype(jnp.int8), jnp.ones((2, 3))), sizes)
     with pytest.raises(ValueError, match="no backend 'cuda'"):
         grouped_matmul(x, w, sizes, backend="cuda")

@@ -6,7 +6,7 @@ import pytest
 from tpu_chips import CHIPS, compiled_for
 
 from kernels import grouped_matmul
-from kernels.grouped_matmul.quantized import Quantized
+from kernels.grouped_matmul.quantized import QuantizedMatrices
 
 pytestmark = pytest.mark.slow
 # rows, D, F, E
@@ -39,8 +39,8 @@ def test_matrices_transposed_and_quantized(chip, dtype):
 
     def run(x, w, values, scales, sizes, dy):
         y, back = jax.vjp(lambda dy: grouped_matmul(dy, w, sizes, transpose_w=True), dy)
-        small, small_back = jax.vjp(lambda x: grouped_matmul(x, Quantized(values, scales), sizes), x)
-        turned = Quantized(values.swapaxes(1, 2), scales)
+        small, small_back = jax.vjp(lambda x: grouped_matmul(x, QuantizedMatrices(values, scales), sizes), x)
+        turned = QuantizedMatrices(values.swapaxes(1, 2), scales)
         again, again_back = jax.vjp(lambda x: grouped_matmul(x, turned, sizes, transpose_w=True), x)
         return y, *back(x), small, *small_back(dy), again, *again_back(dy)
 

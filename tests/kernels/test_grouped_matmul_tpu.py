@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grouped_in_float64 import exact
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.grouped_matmul.quantized import Quantized
+from kernels.grouped_matmul.quantized import QuantizedMatrices
 from kernels.grouped_matmul.tpu import backend, tiles, visits
 
 CHIP = tiles.Chip(matrix_unit=128, memory=64 << 20, cores=1)
@@ -18,18 +19,6 @@ SMALL = tiles.Chip(matrix_unit=32, memory=80_000, cores=1)  # tiles of 256 rows,
 
 def float64(x):
     return np.asarray(x, np.float64)
-
-
-def expected(x, w, sizes, dy):
-    """y, dx, dw in float64."""
-    x, w, dy = float64(x), float64(w), float64(dy)
-    y, dx, dw = np.zeros((len(x), w.shape[2])), np.zeros_like(x), np.zeros_like(w)
-    start = 0
-    for group, size in enumerate(sizes):
-        rows = slice(start, start + size)
-        y[rows], dx[rows], dw[group] = x[rows] @ w[group], dy[rows] @ w[group].T, x[rows].T @ dy[rows]
-        start += size
-    return y, dx, dw
 
 
 @partial(jax.jit, static_argnames=("turned", "chip"))
@@ -44,7 +33,7 @@ def check(sizes, rows, inner, width, turned=False, dtype=jnp.float32, limit=1e-5
     draw, live = np.random.default_rng(0), sum(sizes)
     shapes = (rows, inner), (len(sizes), inner, width), (rows, width)
     x, w, dy = (jnp.asarray(draw.normal(size=shape), dtype) for shape in shapes)
-    true = expected(x, w, sizes, dy)
+    true = exact(x, w, sizes, dy)
     behind = (jnp.arange(rows) >= live)[:, None]
     x, dy = (jnp.where(behind, jnp.nan, a) for a in (x, dy))
     y, dx, dw = run(x, w.swapaxes(1, 2) if turned else w, jnp.asarray(sizes, jnp.int32), dy, turned, chip)
@@ -105,12 +94,12 @@ def test_quantized_matrices(dtype, turned):
     draw, sizes = np.random.default_rng(0), jnp.array([20, 0, 33])
     x, dy = (jnp.asarray(draw.normal(size=(60, n)), jnp.float32) for n in (9, 290))
     values = jnp.asarray(draw.integers(-99, 99, (3, 290, 9) if turned else (3, 9, 290))).astype(dtype)
-    w = Quantized(values, jnp.asarray(draw.uniform(0.1, 1, (3, 290)), jnp.float32))
+    w = QuantizedMatrices(values, jnp.asarray(draw.uniform(0.1, 1, (3, 290)), jnp.float32))
     small = tiles.Chip(matrix_unit=128, memory=340_000, cores=1)
     assert tiles.for_products(60, 9, 290, 3, 4, 1, small).columns == 128, "scales come in parts too"
     y, back = jax.vjp(lambda x: backend.grouped_matmul(x, w, sizes, turned, small, True), x)
     wide = np.swapaxes(w.values, 1, 2) if turned else w.values
-    true = expected(x, float64(wide) * float64(w.scales)[:, None], sizes, dy)
+    true = exact(x, float64(wide) * float64(w.scales)[:, None], sizes, dy)
     for got, want in zip((y, *back(dy)), true[:2], strict=True):
         assert np.abs(float64(got) - want).max() <= 1e-5 * np.abs(want).max()
 
@@ -120,7 +109,7 @@ def test_matrices_of_another_type_than_the_rows():
     x, w = jnp.asarray(draw.normal(size=(60, 9)), jnp.bfloat16), jnp.asarray(draw.normal(size=(3, 9, 5)), jnp.float32)
     y, dx, dw = run(x, w, sizes, jnp.ones((60, 5), jnp.bfloat16), False, CHIP)
     assert (y.dtype, dx.dtype, dw.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
-    for got, want in zip((y, dx, dw), expected(x, w, sizes, np.ones((60, 5))), strict=True):
+    for got, want in zip((y, dx, dw), exact(x, w, sizes, np.ones((60, 5))), strict=True):
         assert np.abs(float64(got) - want).max() <= 1e-2 * np.abs(want).max()
 
 
@@ -156,7 +145,7 @@ def test_what_it_refuses(monkeypatch):
     monkeypatch.setattr(backend, "target", lambda: "tpu")
     monkeypatch.setattr(tiles, "this_chip", lambda: CHIP)
     assert backend.refusal(x, w, sizes, False) is None
-    assert backend.refusal(x, Quantized(w.astype(jnp.int8), jnp.ones(())), sizes, False) is None
+    assert backend.refusal(x, QuantizedMatrices(w.astype(jnp.int8), jnp.ones(())), sizes, False) is None
     assert "found float16" in backend.refusal(x.astype(jnp.float16), w, sizes, False)
     assert "or quantized, found int8" in backend.refusal(x, w.astype(jnp.int8), sizes, False)
     assert "found x (0, 3)" in backend.refusal(x[:0], w, sizes, False)

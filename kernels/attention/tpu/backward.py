@@ -101,12 +101,11 @@ def _kernel(blocks, seen: Seen, logit: Logit, sizes, group, first_key, has_ids, 
         )
 
         def products(tile):
-            first_query, width, first_key, height = tile
-            queries, keys = slice(first_query, first_query + width), slice(first_key, first_key + height)
+            queries, keys = _slices(tile)
             return dot(k[0, 0, keys], q[0, 0, :, queries], (1, 0)), dot(v[0, 0, keys], d_out[0, 0, :, queries], (1, 0))
 
         def gradients(tile, z, d_p):
-            queries = slice(tile[0], tile[0] + tile[1])
+            queries, _ = _slices(tile)
             z = logit.bound(z)
             allowed = visible(
                 seen, place, tile, None if q_ids is None else q_ids[0], None if k_ids is None else k_ids[0]
@@ -119,8 +118,7 @@ def _kernel(blocks, seen: Seen, logit: Logit, sizes, group, first_key, has_ids, 
             return p.astype(q.dtype), d_z.astype(q.dtype)
 
         def add(tile, p, d_z):
-            first_query, width, first_key, height = tile
-            queries, keys = slice(first_query, first_query + width), slice(first_key, first_key + height)
+            queries, keys = _slices(tile)
             d_v[0, 0, key_block, :, keys] += dot(d_out[0, 0, :, queries], p, (1, 1))
             d_k[0, 0, key_block, :, keys] += dot(q[0, 0, :, queries], d_z, (1, 1))
             d_q[0, 0, :, queries] += dot(k_columns[0, 0, :, keys], d_z, (1, 0))
@@ -137,3 +135,9 @@ def _kernel(blocks, seen: Seen, logit: Logit, sizes, group, first_key, has_ids, 
 
     for kind in sorted(blocks.kinds - {NOTHING}):
         pl.when(entry & 3 == kind)(functools.partial(body, kind))
+
+
+def _slices(tile) -> tuple[slice, slice]:
+    """A tile's queries and keys within its block."""
+    first_query, width, first_key, height = tile
+    return slice(first_query, first_query + width), slice(first_key, first_key + height)

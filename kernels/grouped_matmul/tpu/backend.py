@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels.backends import left_to_xla, target
-from kernels.grouped_matmul.quantized import Quantized
+from kernels.grouped_matmul.quantized import QuantizedMatrices
 from kernels.grouped_matmul.tpu import tiles
 from kernels.grouped_matmul.tpu.outer import outer
 from kernels.grouped_matmul.tpu.products import products
@@ -19,7 +19,7 @@ def refusal(x, w, group_sizes, turned) -> str | None:
         return f"it is for TPUs, not for {platform}"
     if left_to_xla():
         return "XLA can't split a kernel over a mesh: call it in a shard_map over rows"
-    values = w.values if isinstance(w, Quantized) else w
+    values = w.values if isinstance(w, QuantizedMatrices) else w
     if x.dtype not in (jnp.bfloat16, jnp.float32):
         return f"rows are bfloat16 or float32, found {x.dtype}"
     if values is w and w.dtype not in (jnp.bfloat16, jnp.float32):
@@ -46,7 +46,7 @@ def _tiles(x, values, turned, chip) -> tuple[tiles.Tiles | None, ...]:
 @partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
 def grouped_matmul(
     x: Float[Array, "M D"],
-    w: Float[Array, "E D F"] | Quantized,
+    w: Float[Array, "E D F"] | QuantizedMatrices,
     group_sizes: Int[Array, " E"],
     turned: bool,
     chip: tiles.Chip | None = None,
@@ -57,7 +57,7 @@ def grouped_matmul(
 
 
 def _forward(x, w, group_sizes, turned, chip, interpret):
-    values, scales = (w.values, w.spread(turned)) if isinstance(w, Quantized) else (w, None)
+    values, scales = (w.values, w.spread(turned)) if isinstance(w, QuantizedMatrices) else (w, None)
     chip = tiles.this_chip() if chip is None else chip
     sizes = _tiles(x, values, turned, chip)[0]
     y = products(x, values, scales, group_sizes, turned, sizes, _limit(chip), interpret)
