@@ -37,6 +37,7 @@ RUNS = {
     # Many pieces, blocks and remainders from little text.
     "small blocks": ("xla", functools.partial(sizes, BLOCK_LOGITS=64, MIN_BLOCK=5, MIN_PIECE=12)),
     "a head at a time": ("xla", functools.partial(sizes, TOGETHER=0)),
+    "a head of a row at a time": ("xla", functools.partial(sizes, TOGETHER=0, ROWS_LOGITS=0)),
     "tpu": ("tpu", pltpu.force_tpu_interpret_mode),
 }
 
@@ -87,6 +88,7 @@ ONLY = {
         "bfloat16, all",
     ),
     "a head at a time": ("packed", "two sides", "bfloat16, all"),
+    "a head of a row at a time": ("packed", "two sides", "bfloat16, all"),
 }
 # Interpreted, a case takes seconds. The TPU's kernels want widths in eights.
 SLOW = {("tpu", name) for name in PROGRAMS} - {("tpu", "two sides"), ("tpu", "bfloat16, all")}
