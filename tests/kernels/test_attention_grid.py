@@ -224,3 +224,21 @@ def test_causality_shows_in_the_gradients(run):
         for name in ("d_k", "d_v"):
             touched = np.abs(found[name][0]).sum((1, 2)) > 0
             assert touched[: t + 1].all() and not touched[t + 1 :].any(), name
+
+
+@pytest.mark.parametrize("together", [1, 2, 3], ids="{} rows".format)
+def test_rows_that_go_together_keep_their_own_masks(together):
+    rng = np.random.default_rng(7)
+    q, k, v, d_out = (rng.standard_normal((6, 17, heads, 8), np.float32) for heads in (4, 2, 2, 4))
+    mask = Mask(
+        causal=True, kv_length=np.array([3, 17, 0, 9, 12, 5]), q_segment_ids=np.sort(rng.integers(0, 3, (6, 17)))
+    )
+    cotangents = d_out, d_out[..., 0]
+
+    @jax.jit
+    def everything(*qkv):
+        out, pull = jax.vjp(lambda *x: attention(*x, mask, return_lse=True, backend="xla"), *qkv)
+        return dict(zip(NAMES[:5], (*out, *pull(cotangents)), strict=True))
+
+    with sizes(TOGETHER=0, ROWS_LOGITS=together * 17 * 17):
+        assert_close(everything(q, k, v), exact((q, k, v), mask, cotangents), 1e-5)

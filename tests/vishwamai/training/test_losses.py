@@ -55,17 +55,18 @@ def test_equals_the_reference_for_any_chunk(source, chunk, z_loss):
     hidden = draw.normal(size=(*batch.tokens.shape, 6)).astype(np.float32)
     table = draw.normal(size=(64, 6)).astype(np.float32)
 
-    def loss(hidden, table):
-        return next_token_loss(Unembed(table), hidden, batch, z_loss=z_loss, chunk=chunk)
+    def twice_the_loss(hidden, table):
+        total, sums = next_token_loss(Unembed(table), hidden, batch, z_loss=z_loss, chunk=chunk)
+        return 2 * total, sums
 
-    (total, sums), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(hidden, table)
+    (total, sums), grads = jax.value_and_grad(twice_the_loss, argnums=(0, 1), has_aux=True)(hidden, table)
     cross_entropy, penalty, hits, by_hidden, by_table = reference(hidden, table, batch, z_loss)
     assert_allclose(sums["loss"], cross_entropy, rtol=1e-6)
     assert_allclose(sums["z_loss"], penalty, rtol=1e-6)
-    assert_allclose(total, cross_entropy + penalty, rtol=1e-6)
+    assert_allclose(total, 2 * (cross_entropy + penalty), rtol=1e-6)
     assert_allclose(sums["hits"], hits)
-    assert_allclose(grads[0], by_hidden, atol=1e-5)
-    assert_allclose(grads[1], by_table, atol=1e-4)
+    assert_allclose(grads[0], 2 * by_hidden, atol=1e-5)
+    assert_allclose(grads[1], 2 * by_table, atol=1e-4)
 
 
 def test_extreme_logits_stay_finite(source):
