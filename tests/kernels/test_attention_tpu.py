@@ -101,12 +101,35 @@ def test_float32(small, name):
     assert_close(ours(qkv, mask, **options), expected(qkv, mask, **options), 1e-5)
 
 
-def test_keys_in_pieces_give_the_same_gradients(small, monkeypatch):
-    qkv, mask = inputs(2, batch=1, queries=260, keys=600), Mask(causal=True, q_offset=340)
+@pytest.mark.parametrize(
+    "mask",
+    [
+        Mask(causal=True, q_offset=340),
+        Mask(
+            causal=True,
+            window=200,
+            q_offset=np.array([340, -9]),
+            prefix_length=np.array([300, 20]),
+            kv_length=np.array([590, 530]),
+            q_segment_ids=np.sort(RNG.integers(1, 4, (2, 260)), axis=1),
+            kv_segment_ids=np.sort(RNG.integers(0, 4, (2, 600)), axis=1),
+        ),
+    ],
+    ids=["causal", "everything"],
+)
+def test_keys_in_pieces_give_the_same_gradients(small, monkeypatch, mask):
+    qkv = inputs(2, queries=260, keys=600)
     whole = ours(qkv, mask)
     monkeypatch.setattr(tuning, "GRADIENT_BYTES", 8 * 256 * 16)
     assert len(tuning.pieces(blocks.Extent(260, 600, 256, 256), 16)) == 3
     assert_close(ours(qkv, mask), {name: np.asarray(x) for name, x in whole.items()}, 1e-6)
+
+
+def test_pieces_are_even():
+    pieces = tuning.pieces(blocks.Extent(131072, 131000, 1024, 1024), 256)
+    sizes = [piece.num_keys - piece.first_key for piece in pieces]
+    assert sum(sizes) == 131000 and len(set(sizes[:-1])) == 1 and sizes[-1] <= sizes[0]
+    assert 8 * 256 * sizes[0] <= tuning.GRADIENT_BYTES < 8 * 256 * 2 * sizes[0]
 
 
 @pytest.mark.parametrize(
@@ -243,6 +266,25 @@ def test_lists_of_visits_against_every_pair(mask, first_key):
                     assert pairs.all()
                 if kind == blocks.DIAGONAL:
                     assert not np.triu(pairs, 1).any()
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        Mask(causal=True, window=200),
+        Mask(causal=True, kv_length=np.array([700, 30]), q_segment_ids=np.sort(RNG.integers(0, 5, (2, 700)), axis=1)),
+    ],
+    ids=["known", "on the device"],
+)
+def test_plans_of_pieces_are_each_piece_s_plan(mask):
+    pieces = [blocks.Extent(700, stop, 128, 128, start) for start, stop in ((0, 256), (256, 512), (512, 700))]
+    together = blocks.plans(mask, pieces)
+    assert together.table.shape[0] == len(together.visits) == 3
+    for table, visits, piece in zip(together.table, together.visits, pieces, strict=True):
+        alone = blocks.plan(mask, piece)
+        assert visits == alone.visits and alone.kinds <= together.kinds
+        np.testing.assert_array_equal(table[:, :visits], alone.table[:, :visits])
+        assert not (np.asarray(table)[:, visits:] & 15).any()
 
 
 @pytest.mark.parametrize(

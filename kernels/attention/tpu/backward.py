@@ -17,9 +17,7 @@ from kernels.attention.tpu.tile import HIDDEN, Logit, Maps, Place, Seen, compile
 from kernels.attention.tpu.tuning import Sizes
 
 
-def backward(
-    blocks: Blocks, numbers, q, k, k_columns, v, q_ids, k_ids, d_out, stats, *, seen, logit, sizes: Sizes
-):
+def backward(blocks: Blocks, numbers, q, k, k_columns, v, q_ids, k_ids, d_out, stats, *, seen, logit, sizes: Sizes):
     """d_q `B N H T`, d_k `B K H S`, d_v `B K V S` in float32, of z = q·k: the scale is left to the caller.
 
     Args as in `forward`; k_columns: `B K H S`. v: `B K S V`. d_out: `B N V T`. stats: float32 `B N 3 T`: highest z,
