@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from attention_in_float64 import NAMES, assert_close, exact
 from jax.experimental import pallas as pl
+from jax.sharding import PartitionSpec
 
 from kernels import Mask, attention
 from kernels.attention import tpu
@@ -52,10 +53,10 @@ def cotangents(out, lse):
     return tuple(np.random.default_rng(9).standard_normal(x.shape, np.float32).astype(x.dtype) for x in (out, lse))
 
 
-def ours(qkv, mask=None, sinks=None, scale=0.3, logit_softcap=None):
+def ours(qkv, mask=None, sinks=None, scale=0.3, logit_softcap=None, max_logit=None):
     mask = Mask() if mask is None else mask
     assert tpu.refusal(*qkv, mask, scale, logit_softcap, sinks) is None
-    found = everything(lambda *x: tpu.attention(*x[:3], mask, scale, logit_softcap, x[3]), qkv, sinks)
+    found = everything(lambda *x: tpu.attention(*x[:3], mask, scale, logit_softcap, x[3], max_logit), qkv, sinks)
     return found if sinks is not None else {name: x for name, x in found.items() if name != "d_sinks"}
 
 
@@ -101,6 +102,47 @@ def test_float32(small, name):
     assert_close(ours(qkv, mask, **options), expected(qkv, mask, **options), 1e-5)
 
 
+@pytest.mark.parametrize("name", ["causal, sinks, softcap", "lengths and offsets of rows", "packed, images, window"])
+def test_float32_without_a_running_maximum(small, name):
+    mask, options, shape = CASES[name]
+    qkv = inputs(1, **shape)
+    assert_close(ours(qkv, mask, max_logit=40.0, **options), expected(qkv, mask, **options), 1e-5)
+
+
+def test_rows_at_both_ends_of_what_is_safe_without_a_running_maximum(small):
+    q, k, v = inputs(1, batch=1, queries=130)
+    q, k = np.sign(q), np.zeros_like(k) + 1
+    q[:, :60], q[:, 60:90] = 1, -1  # q·k of 8 and -8 alone, then of what is between
+    assert_close(ours((q, k, v), scale=50 / 8, max_logit=50.0), expected((q, k, v), Mask(), scale=50 / 8), 1e-5)
+
+
+@pytest.mark.parametrize("max_logit", [2e4, np.nan])
+def test_a_bound_too_high_to_be_safe_keeps_the_running_maximum(small, max_logit):
+    q, k, v = inputs(5, batch=1, queries=130)
+    q, k = np.round(q * 20), np.round(k * 20)
+    found, without = (ours((q, k, v), Mask(causal=True), scale=1.0, max_logit=x) for x in (max_logit, None))
+    for name, value in without.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
+
+
+def test_a_bound_on_a_mesh(small):
+    """A traced one, of which only its truth is asked: it has no gradient. An untrue one shows that it was used."""
+    q, k, v = inputs(1, queries=20)
+    mesh = jax.make_mesh((2,), ("data",), (jax.sharding.AxisType.Auto,))
+
+    def loss(q, max_logit, spec):
+        return attention(q * 30, k, v, scale=1.0, spec=spec, max_logit=max_logit, backend="tpu").sum()
+
+    run = jax.jit(jax.value_and_grad(loss, (0, 1)), static_argnums=2)
+    whole = run(q, np.float32(1e4), None)
+    assert not whole[1][1]
+    with jax.set_mesh(mesh):
+        for spec in PartitionSpec("data"), PartitionSpec(None, "data"):
+            found = run(q, np.float32(1e4), spec)
+            assert_close({"d_q": found[1][0]}, {"d_q": np.asarray(whole[1][0])}, 1e-5)
+        assert not np.isfinite(run(q, np.float32(40), PartitionSpec("data"))[0])
+
+
 @pytest.mark.parametrize(
     "mask",
     [
@@ -142,8 +184,9 @@ def test_pieces_are_even():
     ],
     ids=["no keys", "before all", "other segment", "padding"],
 )
-def test_a_row_that_sees_nothing_gives_zero_and_no_gradient(small, mask):
-    found = ours(inputs(3), mask)
+@pytest.mark.parametrize("max_logit", [None, 40.0])
+def test_a_row_that_sees_nothing_gives_zero_and_no_gradient(small, mask, max_logit):
+    found = ours(inputs(3), mask, max_logit=max_logit)
     assert np.isneginf(found.pop("lse")).all()
     for name, value in found.items():
         assert not np.asarray(value).any(), name

@@ -15,23 +15,24 @@ from jax import lax
 
 from kernels.attention.mask import Mask, clear_padding
 from kernels.attention.tpu import backward, blocks, forward, tuning
-from kernels.attention.tpu.tile import LOG2_E, NEVER, Logit, Seen
+from kernels.attention.tpu.tile import LOG2_E, MAX_LOGIT, NEVER, Logit, Seen
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def attention(q, k, v, mask: Mask, scale: float, logit_softcap: float | None, sinks):
-    """As `reference.attention`; memory grows with T + S."""
-    return _forward(q, k, v, mask, scale, logit_softcap, sinks)[0]
+def attention(q, k, v, mask: Mask, scale: float, logit_softcap: float | None, sinks, max_logit=None):
+    """As `reference.attention`; memory grows with T + S. max_logit: float32 scalar, not differentiated."""
+    return _forward(q, k, v, mask, scale, logit_softcap, sinks, max_logit)[0]
 
 
-def _forward(q, k, v, mask, scale, softcap, sinks):
+def _forward(q, k, v, mask, scale, softcap, sinks, max_logit):
     num_queries, num_keys = q.shape[1], k.shape[1]
     sizes = tuning.forward(q, k, v, mask)
     live_q, live_k, live_v = clear_padding(mask, q, k, v)
     mask = _with_length(mask, num_keys, sizes.keys)
     extent = blocks.Extent(num_queries, num_keys, sizes.queries, sizes.keys)
     q_ids, k_ids = _ids(mask, sizes)
-    out, stats = forward.forward(
+    run = functools.partial(
+        forward.forward,
         blocks.plan(mask, extent),
         _numbers(mask, num_keys),
         _pad(live_q, sizes.queries).transpose(0, 2, 3, 1),
@@ -44,6 +45,11 @@ def _forward(q, k, v, mask, scale, softcap, sinks):
         logit=Logit.of(scale, softcap),
         sizes=sizes,
     )
+    if max_logit is None:
+        out, stats = run(bounded=False)
+    else:  # XLA drops the other kernel where it knows the number
+        forms = (functools.partial(run, bounded=bounded) for bounded in (True, False))
+        out, stats = lax.cond(max_logit <= MAX_LOGIT, *forms)
     out = out.transpose(0, 3, 1, 2)[:, :num_queries]
     stats = stats[..., :num_queries]
     top, total = _log2(stats, Logit.of(scale, softcap), sinks)
@@ -131,7 +137,7 @@ def _backward(scale, softcap, saved, cotangents):
         d_sinks = -jnp.sum(share * delta, axis=(0, 2)).astype(sinks.dtype)
     d_q = finish(d_q, q.shape[1], scale, q.dtype)
     d_k, d_v = finish(d_k, num_keys, scale, k.dtype), finish(d_v, num_keys, 1.0, v.dtype)
-    return d_q, d_k, d_v, None, d_sinks
+    return d_q, d_k, d_v, None, d_sinks, None
 
 
 attention.defvjp(_forward, _backward)
