@@ -217,7 +217,8 @@ def test_logits_of_ten_thousand(small):
     assert_close(ours((q, k, v), mask, scale=1.0), expected((q, k, v), mask, scale=1.0), 1e-5)
 
 
-def test_bfloat16_is_as_exact_as_splash_attention(monkeypatch):
+def test_bfloat16_is_as_exact_as_splash_attention(small, monkeypatch):
+    """With tiles of one size: the more keys share a maximum, the fewer weights are an exact 1."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -237,8 +238,8 @@ def test_bfloat16_is_as_exact_as_splash_attention(monkeypatch):
         out = theirs(*(x[0].swapaxes(0, 1) for x in (q * 0.125, k, v))).swapaxes(0, 1)[None]
         return out, jnp.zeros(out.shape[:3], jnp.float32)
 
-    def without_lse(q, k, v, sinks):
-        out, _ = tpu.attention(q, k, v, Mask(causal=True), 0.125, None, None)
+    def without_lse(q, k, v, sinks, max_logit=None):
+        out, _ = tpu.attention(q, k, v, Mask(causal=True), 0.125, None, None, max_logit)
         return out, jnp.zeros(out.shape[:3], jnp.float32)
 
     def reference(q, k, v, sinks):
@@ -246,6 +247,7 @@ def test_bfloat16_is_as_exact_as_splash_attention(monkeypatch):
         return out, jnp.zeros(out.shape[:3], out.dtype)
 
     found = everything(without_lse, qkv)
+    bounded = everything(functools.partial(without_lse, max_logit=40.0), qkv)
     # The matrix unit rounds float32 operands to bfloat16 unless told not to; interpret mode does not.
     product = jax.lax.dot_general
 
@@ -258,10 +260,12 @@ def test_bfloat16_is_as_exact_as_splash_attention(monkeypatch):
     with jax.enable_x64(True):
         expected = jax.tree.map(np.asarray, everything(reference, [np.asarray(x).astype(np.float64) for x in qkv]))
     for name in ("out", "d_q", "d_k", "d_v"):
-        ours_off, theirs_off = (
-            np.sqrt(np.mean((np.asarray(x[name]).astype(np.float64) - expected[name]) ** 2)) for x in (found, other)
+        ours_off, bounded_off, theirs_off = (
+            np.sqrt(np.mean((np.asarray(x[name]).astype(np.float64) - expected[name]) ** 2))
+            for x in (found, bounded, other)
         )
-        assert ours_off <= 1.01 * theirs_off, name
+        assert ours_off <= 1.0001 * theirs_off, name  # the same roundings but for a bit here and there
+        assert bounded_off <= 1.5 * theirs_off, name
 
 
 @pytest.mark.parametrize(
