@@ -91,7 +91,7 @@ def _backward(scale, softcap, saved, cotangents):
     stats = jnp.stack([jnp.where(live, stats[:, :, 0], 0), jnp.where(live, total, NEVER), delta], axis=2)
     stats = jnp.pad(stats, ((0, 0),) * 3 + ((0, -stats.shape[3] % sizes.queries),))
     pieces = tuning.pieces(extent, k.shape[-1] + v.shape[-1])
-    count, size = len(pieces), -(-(pieces[0].num_keys) // sizes.keys) * sizes.keys
+    count, size = len(pieces), -(-pieces[0].num_keys // sizes.keys) * sizes.keys
     k_rows, v_rows = (_split(_pad(x, count * size), count).swapaxes(2, 3) for x in (live_k, live_v))
     k_ids = None if k_ids is None else _split(_pad(k_ids.swapaxes(1, 2), count * size), count).swapaxes(2, 3)
 
