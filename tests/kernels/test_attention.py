@@ -99,6 +99,7 @@ def test_auto_says_once_what_it_took(caplog):
         ({"q": (4, 4, 8)}, ValueError, "must be B T N H"),
         ({"k": (1, 0, 2, 8), "v": (1, 0, 2, 8)}, ValueError, "must not be empty"),
         ({"logit_softcap": 0.0}, ValueError, "must be positive, found 0.0"),
+        ({"max_logit": np.ones(4, np.float32)}, ValueError, r"one number for all heads, found shape \(4,\)"),
         ({"sinks": np.zeros(3, np.float32)}, ValueError, r"shape \(4,\)"),
         ({"dtype": np.float16}, TypeError, "one of bfloat16, float32, float64, found float16, float32, float32"),
         ({"dtype": np.int32}, TypeError, "found int32"),

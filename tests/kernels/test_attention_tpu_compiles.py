@@ -3,13 +3,15 @@
 More shapes, and how long they take: `python -m benchmarks.tpu_static`.
 """
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from tpu_chips import CHIPS, compiled_for
 
-from kernels import Mask
+from kernels import Mask, attention
 from kernels.attention import tpu
 
 pytestmark = pytest.mark.slow
@@ -70,3 +72,24 @@ def test_a_long_row_needs_no_square_buffer():
     memory = compiled("v5e", 1, 2, 1, length, length, width, width, mask).memory_analysis().temp_size_in_bytes
     assert memory < length * length / 2  # a byte per pair of one head would be twice that
     assert memory < 40 * 2 * length * width * 2  # some copies of q
+
+
+@pytest.mark.parametrize("chip, widths", [("v5e", (128, 128)), ("v5p", (128, 128)), ("v6e", (256, 256))], ids=str)
+def test_a_row_of_128k_is_one_kernel_each_way(chip, widths):
+    length, heads = 128 * 1024, 16
+    program = compiled(chip, 1, heads, 8, length, length, *widths, Mask(causal=True))
+    assert len(re.findall(r"custom_call_target=\"tpu_custom_call\"", program.as_text())) == 2
+    assert program.memory_analysis().temp_size_in_bytes < 8 * 4 * heads * length * widths[0]  # some copies in float32
+
+
+@pytest.mark.parametrize("chip", ["v5e", "tpu7x"])
+def test_a_bound_on_the_logits(chip):
+    """Traced, it makes two kernels, of which one runs; known, one."""
+    shape = jax.ShapeDtypeStruct((1, 2048, 4, 128), jnp.bfloat16)
+
+    def forward(q, k, v, max_logit=40.0):
+        return attention(q, k, v, Mask(causal=True), backend="tpu", max_logit=max_logit)
+
+    for arguments, kernels in ([shape] * 3, 1), ([shape] * 3 + [jax.ShapeDtypeStruct((), jnp.float32)], 2):
+        text = compiled_for(chip, forward, *arguments).as_text()
+        assert len(re.findall(r"custom_call_target=\"tpu_custom_call\"", text)) == kernels

@@ -22,8 +22,11 @@ def refusal(q, k, v, mask: Mask, scale: float, logit_softcap: float | None, sink
     return next((reason for reason in reasons if reason), None)
 
 
-def attention(q, k, v, mask: Mask, scale: float, logit_softcap: float | None, sinks):
-    """As `reference.attention`, for what `refusal` lets pass; memory grows with T + S."""
+def attention(q, k, v, mask: Mask, scale: float, logit_softcap: float | None, sinks, max_logit=None):
+    """As `reference.attention`, for what `refusal` lets pass; memory grows with T + S.
+
+    max_logit: float or float32 scalar that no |logit| exceeds, after scale and soft cap; see `kernels.attention`.
+    """
     from kernels.attention.tpu import flash
 
-    return flash.attention(q, k, v, mask, scale, logit_softcap, sinks)
+    return flash.attention(q, k, v, mask, scale, logit_softcap, sinks, max_logit)

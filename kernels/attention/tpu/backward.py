@@ -17,14 +17,11 @@ from kernels.attention.tpu.tile import HIDDEN, Logit, Maps, Place, Seen, compile
 from kernels.attention.tpu.tuning import Sizes
 
 
-def backward(
-    blocks: Blocks, numbers, q, k, k_columns, v, q_ids, k_ids, d_out, stats, *, first_key, seen, logit, sizes: Sizes
-):
+def backward(blocks: Blocks, numbers, q, k, k_columns, v, q_ids, k_ids, d_out, stats, *, seen, logit, sizes: Sizes):
     """d_q `B N H T`, d_k `B K H S`, d_v `B K V S` in float32, of z = q·k: the scale is left to the caller.
 
     Args as in `forward`; k_columns: `B K H S`. v: `B K S V`. d_out: `B N V T`. stats: float32 `B N 3 T`: highest z,
-    log2 of the sum of weights relative to it (NEVER for a row that sees nothing), rowsum(d_out · out) - d_lse. Keys
-    start at position first_key.
+    log2 of the sum of weights relative to it (NEVER for a row that sees nothing), rowsum(d_out · out) - d_lse.
     """
     batch, num_heads, head_dim, num_queries = q.shape
     num_kv_heads, num_keys, v_dim = v.shape[1:]
@@ -47,7 +44,7 @@ def backward(
     pairs = batch * num_heads * blocks.density * num_queries * num_keys
     key_blocks = num_keys // sizes.keys
     d_q, d_k, d_v = pl.pallas_call(
-        functools.partial(_kernel, blocks, seen, logit, sizes, group, first_key, q_ids is not None),
+        functools.partial(_kernel, blocks, seen, logit, sizes, group, q_ids is not None),
         out_shape=(
             jax.ShapeDtypeStruct((batch, num_heads, head_dim, num_queries), jnp.float32),
             jax.ShapeDtypeStruct((batch, num_kv_heads, key_blocks, head_dim, sizes.keys), jnp.float32),
@@ -74,7 +71,7 @@ def backward(
     return d_q, *(x.swapaxes(2, 3).reshape(batch, num_kv_heads, -1, num_keys) for x in (d_k, d_v))
 
 
-def _kernel(blocks, seen: Seen, logit: Logit, sizes, group, first_key, has_ids, *refs):
+def _kernel(blocks, seen: Seen, logit: Logit, sizes, group, has_ids, *refs):
     table, numbers, q, k, k_columns, v, d_out, stats, *refs = refs
     q_ids, k_ids, *refs = refs if has_ids else (None, None, *refs)
     d_q, d_k, d_v = refs
@@ -96,7 +93,7 @@ def _kernel(blocks, seen: Seen, logit: Logit, sizes, group, first_key, has_ids, 
         place = Place(
             kind,
             (entry >> 16) * sizes.queries,
-            key_block * sizes.keys + first_key,
+            key_block * sizes.keys,
             *(numbers[row, column] for column in range(3)),
         )
 

@@ -52,43 +52,53 @@ class Extent(NamedTuple):
 
 def plan(mask: Mask, extent: Extent) -> Blocks:
     """The visits, query block by query block, keys ascending. `kv_length` is taken to be in the mask where keys pad."""
+    found = plans(mask, [extent])
+    visits = found.visits[0]
+    return found._replace(table=found.table[0], visits=int(visits) if isinstance(visits, np.integer) else visits)
+
+
+def plans(mask: Mask, pieces: list[Extent]) -> Blocks:
+    """The plan of each piece of one plane, to be scanned over: one axis more in front of `table`, an array `visits`.
+
+    Key blocks are counted from a piece's own first key. Lists of different length end as those of rows do.
+    """
     known = _known(mask)
-    live, full, diagonal = _judge(known, extent, np)
-    live, full = (np.broadcast_to(x, (1, *diagonal.shape))[0] for x in (live, full))
-    empty = ~live.any(axis=1)
-    queries, keys = np.nonzero(live | (empty[:, None] & (np.arange(live.shape[1]) == 0)))
-    density = live.mean()
-    if known is mask:
-        kind = np.where(live, np.where(full, FULL, np.where(diagonal, DIAGONAL, PART)), NOTHING)[queries, keys]
-        table = _mark(queries[None], keys[None], kind[None], np)
-        return Blocks(table, table.shape[1], frozenset(np.unique(kind).tolist()), density)
+    xp = np if known is mask else jnp
+    kinds, density, lists = set(), 0.0, []
+    for piece in pieces:
+        live, full, diagonal = _judge(known, piece, np)
+        empty = ~live.any(axis=(0, 2))
+        queries, keys = np.nonzero(live[0] | (empty[:, None] & (np.arange(live.shape[2]) == 0)))
+        density += live.mean() / len(pieces)
+        if known is not mask:
+            live, full, _ = _judge(mask, piece, jnp)
+        kind = xp.where(live, xp.where(full, FULL, np.where(diagonal, DIAGONAL, PART)), NOTHING)[:, queries, keys]
+        # A query block without live keys keeps its first candidate.
+        opens = np.r_[True, queries[1:] != queries[:-1]]
+        stays = (kind != NOTHING) | (opens & ~live.any(axis=2)[:, queries])
+        lists.append((queries, keys, kind, stays))
+        if known is mask:
+            kinds |= set(np.unique(kind).tolist())
+        else:
+            kinds |= {NOTHING, PART, FULL} | ({DIAGONAL} if diagonal.any() else set())
+    most = max(len(queries) for queries, *_ in lists)
 
-    live, full, _ = _judge(mask, extent, jnp)
-    kind = jnp.where(live, jnp.where(full, FULL, np.where(diagonal, DIAGONAL, PART)), NOTHING)[:, queries, keys]
-    # A query block without live keys keeps its first candidate.
-    opens = np.r_[True, queries[1:] != queries[:-1]]
-    stays = (kind != NOTHING) | (opens & ~live.any(axis=2)[:, queries])
-    order = jnp.argsort(~stays, axis=1, stable=True)
-    queries, keys = jnp.asarray(queries, jnp.int32)[order], jnp.asarray(keys, jnp.int32)[order]
-    count = stays.sum(axis=1, keepdims=True)
+    def stacked(values):
+        rows = [xp.broadcast_to(x, (lists[0][2].shape[0], x.shape[-1])) for x in values]
+        return xp.stack([xp.pad(x, ((0, 0), (0, most - x.shape[1]))) for x in rows])
+
+    queries, keys, kind, stays = map(stacked, zip(*lists, strict=True))
+    count = stays.sum(axis=2, keepdims=True)
     # Behind its end a row repeats the last entry's blocks, so that nothing is fetched, and does nothing.
-    index = jnp.arange(order.shape[1])[None]
-    at = jnp.minimum(index, count - 1)
-    queries, keys = (jnp.take_along_axis(x, at, axis=1) for x in (queries, keys))
-    kind = jnp.take_along_axis(kind, order, axis=1)
-    table = jnp.where(index < count, _mark(queries, keys, kind, jnp, index == count - 1), queries << 16 | keys << 4)
-    kinds = {NOTHING, PART, FULL} | ({DIAGONAL} if diagonal.any() else set())
-    return Blocks(table, count.max(), frozenset(kinds), density)
-
-
-def _mark(queries, keys, kind, xp, ends=None):
-    """Table entries; `ends` is true where a row's list ends before its last column."""
-    changes = queries[:, 1:] != queries[:, :-1]
-    edge = xp.ones_like(changes[:, :1], dtype=bool) if changes.shape[1] else xp.ones(queries.shape, bool)
-    first = xp.concatenate([edge, changes], axis=1)[:, : queries.shape[1]]
-    last = xp.concatenate([changes, edge], axis=1)[:, : queries.shape[1]]
-    last = last if ends is None else last | ends
-    return (queries << 16 | keys << 4 | last * LAST | first * FIRST | kind).astype(np.int32)
+    index = xp.arange(most)
+    order = xp.take_along_axis(xp.argsort(~stays, axis=2, stable=True), xp.minimum(index, count - 1), axis=2)
+    queries, keys, kind = (xp.take_along_axis(x, order, axis=2) for x in (queries, keys, kind))
+    changes = queries[..., 1:] != queries[..., :-1]
+    edge = xp.ones_like(stays[..., :1])
+    first, last = xp.concatenate([edge, changes], axis=2), xp.concatenate([changes, edge], axis=2)
+    marks = first * FIRST | (last | (index == count - 1)) * LAST | kind
+    table = (queries << 16 | keys << 4 | xp.where(index < count, marks, 0)).astype(np.int32)
+    return Blocks(table, count.max(axis=(1, 2)), frozenset(kinds), density)
 
 
 def _known(mask: Mask) -> Mask:

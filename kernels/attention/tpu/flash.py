@@ -10,26 +10,29 @@ from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
 
 from kernels.attention.mask import Mask, clear_padding
 from kernels.attention.tpu import backward, blocks, forward, tuning
-from kernels.attention.tpu.tile import LOG2_E, NEVER, Logit, Seen
+from kernels.attention.tpu.tile import LOG2_E, MAX_LOGIT, NEVER, Logit, Seen
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def attention(q, k, v, mask: Mask, scale: float, logit_softcap: float | None, sinks):
-    """As `reference.attention`; memory grows with T + S."""
-    return _forward(q, k, v, mask, scale, logit_softcap, sinks)[0]
+def attention(q, k, v, mask: Mask, scale: float, logit_softcap: float | None, sinks, max_logit=None):
+    """As `reference.attention`; memory grows with T + S. max_logit: float32 scalar, not differentiated."""
+    return _forward(q, k, v, mask, scale, logit_softcap, sinks, max_logit)[0]
 
 
-def _forward(q, k, v, mask, scale, softcap, sinks):
+def _forward(q, k, v, mask, scale, softcap, sinks, max_logit):
     num_queries, num_keys = q.shape[1], k.shape[1]
     sizes = tuning.forward(q, k, v, mask)
     live_q, live_k, live_v = clear_padding(mask, q, k, v)
     mask = _with_length(mask, num_keys, sizes.keys)
     extent = blocks.Extent(num_queries, num_keys, sizes.queries, sizes.keys)
     q_ids, k_ids = _ids(mask, sizes)
-    out, stats = forward.forward(
+    run = functools.partial(
+        forward.forward,
         blocks.plan(mask, extent),
         _numbers(mask, num_keys),
         _pad(live_q, sizes.queries).transpose(0, 2, 3, 1),
@@ -42,6 +45,11 @@ def _forward(q, k, v, mask, scale, softcap, sinks):
         logit=Logit.of(scale, softcap),
         sizes=sizes,
     )
+    if max_logit is None:
+        out, stats = run(bounded=False)
+    else:  # XLA drops the other kernel where it knows the number
+        forms = (functools.partial(run, bounded=bounded) for bounded in (True, False))
+        out, stats = lax.cond(max_logit <= MAX_LOGIT, *forms)
     out = out.transpose(0, 3, 1, 2)[:, :num_queries]
     stats = stats[..., :num_queries]
     top, total = _log2(stats, Logit.of(scale, softcap), sinks)
@@ -82,29 +90,43 @@ def _backward(scale, softcap, saved, cotangents):
     q_columns, d_out = (_pad(x, sizes.queries).transpose(0, 2, 3, 1) for x in (live_q, d_out.astype(v.dtype)))
     stats = jnp.stack([jnp.where(live, stats[:, :, 0], 0), jnp.where(live, total, NEVER), delta], axis=2)
     stats = jnp.pad(stats, ((0, 0),) * 3 + ((0, -stats.shape[3] % sizes.queries),))
-    k_rows, v_rows = (_pad(x, sizes.keys).transpose(0, 2, 1, 3) for x in (live_k, live_v))
-    d_q, d_k, d_v = 0.0, [], []
-    for piece in tuning.pieces(extent, k.shape[-1] + v.shape[-1]):
-        keys = slice(piece.first_key, -(-piece.num_keys // sizes.keys) * sizes.keys)
-        part = backward.backward(
-            blocks.plan(mask, piece),
-            _numbers(mask, num_keys),
+    pieces = tuning.pieces(extent, k.shape[-1] + v.shape[-1])
+    count, size = len(pieces), -(-pieces[0].num_keys // sizes.keys) * sizes.keys
+    k_rows, v_rows = (_split(_pad(x, count * size), count).swapaxes(2, 3) for x in (live_k, live_v))
+    k_ids = None if k_ids is None else _split(_pad(k_ids.swapaxes(1, 2), count * size), count).swapaxes(2, 3)
+
+    def part(plan, first_key, k_rows, v_rows, k_ids):
+        return backward.backward(
+            plan,
+            _numbers(mask, num_keys) - first_key,  # all that is said of keys is relative to these
             q_columns,
-            k_rows[:, :, keys],
-            k_rows[:, :, keys].swapaxes(2, 3),
-            v_rows[:, :, keys],
+            k_rows,
+            k_rows.swapaxes(2, 3),
+            v_rows,
             q_ids,
-            None if k_ids is None else k_ids[:, :, keys],
+            k_ids,
             d_out,
             stats,
-            first_key=piece.first_key,
             seen=_seen(mask),
             logit=logit,
             sizes=sizes,
         )
-        d_q = d_q + part[0]
-        d_k.append(part[1])
-        d_v.append(part[2])
+
+    rest = k_rows, v_rows, k_ids
+    if count == 1:
+        d_q, *d_keys = part(blocks.plan(mask, extent), 0, *jax.tree.map(lambda x: x[0], rest))
+        d_keys = [x[None] for x in d_keys]
+    else:  # one kernel for all pieces
+        plans = blocks.plans(mask, pieces)
+
+        def add(d_q, piece):
+            table, visits, *rest = piece
+            of_queries, *of_keys = part(plans._replace(table=table, visits=visits), *rest)
+            return d_q + of_queries, of_keys
+
+        each = plans.table, plans.visits, np.array([piece.first_key for piece in pieces], np.int32), *rest
+        d_q, d_keys = lax.scan(add, jnp.zeros(q_columns.shape, jnp.float32), each)
+    d_k, d_v = (jnp.moveaxis(x, 0, 3).reshape(*x.shape[1:4], -1) for x in d_keys)
 
     def finish(x, length, factor, dtype):
         return (x * factor).transpose(0, 3, 1, 2)[:, :length].astype(dtype)
@@ -114,8 +136,8 @@ def _backward(scale, softcap, saved, cotangents):
         share = jnp.exp2(sinks.astype(jnp.float32)[:, None] * LOG2_E - top - total)
         d_sinks = -jnp.sum(share * delta, axis=(0, 2)).astype(sinks.dtype)
     d_q = finish(d_q, q.shape[1], scale, q.dtype)
-    d_k = finish(jnp.concatenate(d_k, axis=3), num_keys, scale, k.dtype)
-    return d_q, d_k, finish(jnp.concatenate(d_v, axis=3), num_keys, 1.0, v.dtype), None, d_sinks
+    d_k, d_v = finish(d_k, num_keys, scale, k.dtype), finish(d_v, num_keys, 1.0, v.dtype)
+    return d_q, d_k, d_v, None, d_sinks, None
 
 
 attention.defvjp(_forward, _backward)
@@ -170,3 +192,8 @@ def _ids(mask: Mask, sizes):
 def _pad(x, block: int):
     """`B T ...` with zeros behind T, up to a multiple of the block."""
     return jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), *((0, 0),) * (x.ndim - 2)))
+
+
+def _split(x, parts: int):
+    """`B S ...` as `parts B S/parts ...`."""
+    return jnp.moveaxis(x.reshape(x.shape[0], parts, -1, *x.shape[2:]), 1, 0)

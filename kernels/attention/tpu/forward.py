@@ -24,12 +24,16 @@ from kernels.attention.tpu.tile import (
 from kernels.attention.tpu.tuning import Sizes
 
 
-def forward(blocks: Blocks, numbers, q, k, v, q_ids, k_ids, sinks, *, seen: Seen, logit: Logit, sizes: Sizes):
+def forward(
+    blocks: Blocks, numbers, q, k, v, q_ids, k_ids, sinks, *, bounded: bool, seen: Seen, logit: Logit, sizes: Sizes
+):
     """Output `B N V T` in q's type, and float32 `B N 2 T` of the keys alone: the highest z = q·k (`tile.Logit`) and the
     sum of the weights relative to it, 0 where a query sees none. Their log-sum-exp would lose digits of large logits.
 
     numbers: int32 `1 3` or `B 3`: q_offset, prefix_length, kv_length. q: `B N H T`, k: `B K S H`, v: `B K V S`.
     q_ids, k_ids: int32 `B R T`, `B R S`, or None. sinks: float32 `N`, or None. T and S are multiples of the blocks'.
+    bounded: no logit is farther from 0 than `tile.MAX_LOGIT`, so that weights are exp(logit) and no maximum is kept (0
+    is given for it). Weights of 1 are exact in bfloat16, others are not: the running maximum is the more exact form.
     """
     batch, num_heads, head_dim, num_queries = q.shape
     num_kv_heads, num_keys = k.shape[1:3]
@@ -51,7 +55,7 @@ def forward(blocks: Blocks, numbers, q, k, v, q_ids, k_ids, sinks, *, seen: Seen
     prefetched = [blocks.table, numbers] + ([] if sinks is None else [sinks])
     pairs = batch * num_heads * blocks.density * num_queries * num_keys
     return pl.pallas_call(
-        functools.partial(_kernel, blocks, seen, logit, sizes, group, q_ids is not None, sinks is not None),
+        functools.partial(_kernel, bounded, blocks, seen, logit, sizes, group, q_ids is not None, sinks is not None),
         out_shape=(
             jax.ShapeDtypeStruct((batch, num_heads, v_dim, num_queries), q.dtype),
             jax.ShapeDtypeStruct((batch, num_heads, 2, num_queries), jnp.float32),
@@ -80,7 +84,7 @@ def forward(blocks: Blocks, numbers, q, k, v, q_ids, k_ids, sinks, *, seen: Seen
     )(*prefetched, *arrays)
 
 
-def _kernel(blocks, seen, logit, sizes, group, has_ids, has_sinks, *refs):
+def _kernel(bounded, blocks, seen, logit, sizes, group, has_ids, has_sinks, *refs):
     table, numbers, *refs = refs
     sinks, *refs = refs if has_sinks else (None, *refs)
     q, k, v, *refs = refs
@@ -92,7 +96,7 @@ def _kernel(blocks, seen, logit, sizes, group, has_ids, has_sinks, *refs):
 
     @pl.when(entry & FIRST != 0)
     def _():
-        top[...] = jnp.full_like(top, LOWEST)
+        top[...] = jnp.full_like(top, 0 if bounded else LOWEST)
         total[...] = jnp.zeros_like(total)
         sums[...] = jnp.zeros_like(sums)
 
@@ -115,21 +119,27 @@ def _kernel(blocks, seen, logit, sizes, group, has_ids, has_sinks, *refs):
 
         def softmax(h, tile, z):
             queries = slice(tile[0], tile[0] + tile[1])
-            before = top[h, :, queries]
-            now = jnp.maximum(before, jnp.max(z, axis=0, keepdims=True))
-            shrink = jnp.exp2((before - now) * logit.factor)
-            weights = jnp.exp2((z - now) * logit.factor)
+            shrink = None
+            if not bounded:
+                before = top[h, :, queries]
+                now = jnp.maximum(before, jnp.max(z, axis=0, keepdims=True))
+                shrink, z = jnp.exp2((before - now) * logit.factor), z - now
+            weights = jnp.exp2(z * logit.factor)
             # Eight partial sums: a vector register is eight rows high.
             parts = jnp.sum(weights.reshape(-1, 8, weights.shape[1]), axis=0)
-            total[h, :, queries] = total[h, :, queries] * shrink + parts
-            top[h, :, queries] = now
+            total[h, :, queries] = shrunk(total[h, :, queries], shrink) + parts
+            if not bounded:
+                top[h, :, queries] = now
             return weights.astype(v.dtype), shrink
+
+        def shrunk(so_far, shrink):
+            return so_far if shrink is None else so_far * shrink
 
         def add(h, tile, weights, shrink):
             first_query, width, first_key, height = tile
             queries = slice(first_query, first_query + width)
             part = dot(v[0, h // group, :, first_key : first_key + height], weights, (1, 0))
-            sums[h, :, queries] = sums[h, :, queries] * shrink + part
+            sums[h, :, queries] = shrunk(sums[h, :, queries], shrink) + part
 
         # A tile's products are asked for before the softmax of the tile before: the compiler roughly keeps this order.
         work = [(h, tile) for h in range(sizes.heads) for tile in tiles(sizes, kind)]

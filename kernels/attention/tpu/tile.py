@@ -21,6 +21,7 @@ LOG2_E = 1.4426950408889634
 HIDDEN = -2e30  # a logit that is not seen; below any real one
 LOWEST = -1e30  # where a running maximum starts: between both, so that a row without keys sums to exactly 0
 NEVER = 1e30  # a log-sum-exp under which every probability is exactly 0
+MAX_LOGIT = 50.0  # weights of e^-50 to e^50: float32 holds their sums over 2^20 keys, with values up to 2^34
 VMEM_BYTES = 56 * 2**20  # of 64 MiB on v5p and tpu7x
 
 

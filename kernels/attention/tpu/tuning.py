@@ -50,8 +50,10 @@ def backward(q, k, v, mask: Mask) -> Sizes:
 
 
 def pieces(extent, width: int) -> list:
-    """The plane in pieces of keys whose float32 gradients, `width` numbers a key, fit into fast memory."""
-    size = max(GRADIENT_BYTES // (8 * width) // extent.block_keys, 1) * extent.block_keys
+    """The plane in even pieces of keys whose float32 gradients, `width` numbers a key, fit into fast memory."""
+    most = max(GRADIENT_BYTES // (8 * width) // extent.block_keys, 1)
+    blocks = -(-extent.num_keys // extent.block_keys)
+    size = -(-blocks // -(-blocks // most)) * extent.block_keys
     starts = range(0, extent.num_keys, size)
     return [extent._replace(first_key=start, num_keys=min(start + size, extent.num_keys)) for start in starts]
 
