@@ -4,10 +4,12 @@ import functools
 
 import jax.numpy as jnp
 from jax import custom_jvp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from kernels.attention.api import DTYPES
 from kernels.attention.mask import Mask, check
+from kernels.attention.sharding import over_mesh
 from kernels.backends import EVERYWHERE, Backend, choose, lazily
 from kernels.decode_attention import reference, xla
 from kernels.decode_attention.quantized import LARGEST, QuantizedVectors
@@ -30,6 +32,7 @@ def decode_attention(
     logit_softcap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
     backend: str = "auto",
+    spec: PartitionSpec | None = None,
 ) -> Float[Array, "B T N V"]:
     """`kernels.attention` for T new tokens, one or a few, against S cached ones: bound by reading the cache once.
 
@@ -44,9 +47,13 @@ def decode_attention(
             `Mask(causal=True, q_offset=lengths)`, where `lengths` (int `B`) were written before these T.
         scale, logit_softcap, sinks: as in `kernels.attention`.
         backend: "auto", "tpu" (Pallas), "xla" or "reference" (for tests).
+        spec: how B, T and N of q lie on the mesh in context, as PartitionSpec(("data", "fsdp"), None, "tensor"); k, v
+            and the mask lie accordingly and nothing is gathered. T is whole. None leaves it to XLA, which can't split
+            a Pallas kernel.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown backend, or one that can't do what is asked.
+        ValueError: shapes that do not fit, an unknown backend, one that can't do what is asked, or a spec that does
+            not fit the mesh or the shapes.
         TypeError: q of none of bfloat16, float32, float64; k or v neither of q's type nor quantised to int8 or
             float8_e4m3fn; masks that are no integers.
         NotImplementedError: somebody differentiates it.
@@ -54,8 +61,15 @@ def decode_attention(
     mask = Mask() if mask is None else mask
     _check(q, k, v, mask, logit_softcap, sinks)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    run = choose("decode_attention", BACKENDS, backend, q, k, v, mask, scale, logit_softcap, sinks)
+    run = functools.partial(_run, backend)
+    if spec is not None:
+        run = functools.partial(over_mesh, run, spec, heads_first=True)
     return _without_gradient(run, scale, logit_softcap, q, k, v, mask, sinks).astype(q.dtype)
+
+
+def _run(backend: str, *arguments):
+    """On one device, whose share of the arguments decides the backend."""
+    return choose("decode_attention", BACKENDS, backend, *arguments)(*arguments)
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(0, 1, 2))

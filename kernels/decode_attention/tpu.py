@@ -58,7 +58,7 @@ def refusal(q, k, v, mask: Mask, scale: float, logit_softcap, sinks) -> str | No
     if q.dtype == jnp.float64:
         return "TPUs have no float64"
     if left_to_xla():
-        return "XLA can't split a kernel over a mesh: call it in a shard_map over rows and key heads"
+        return "XLA can't split a kernel over a mesh: say by spec how rows and heads lie"
     if q.shape[1] > MAX_QUERIES:
         return f"it takes at most {MAX_QUERIES} new tokens, found {q.shape[1]}: kernels.attention is for more"
     return None
