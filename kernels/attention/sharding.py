@@ -1,7 +1,8 @@
 """Attention on a mesh: each device takes its rows, its heads and, where the text is split too, its part of a ring.
 
-`kernels.decode_attention` is split here too: only its keys and values lie heads first, and may be quantised. A Pallas kernel can't be split by XLA, and XLA gathers what it can't split, so every backend is run by `shard_map`. What splits
-what is said by one PartitionSpec, q's own: (axes of B, axes of T, axes of N).
+A Pallas kernel can't be split by XLA, and XLA gathers what it can't split, so every backend is run by `shard_map`.
+What splits what is said by one PartitionSpec, q's own: (axes of B, axes of T, axes of N). `kernels.decode_attention` is
+split here too: only its keys and values lie heads first, and may be quantised.
 """
 
 from collections.abc import Callable
@@ -42,6 +43,8 @@ def over_mesh(
     rows, text, heads = (_split_axes(axes, mesh) for axes in (*spec, None, None, None)[:3])
     if mesh.size == 1:
         return run(q, k, v, mask, scale, softcap, sinks)
+    if text is not None and heads_first:
+        raise ValueError(f"{spec} splits T = {q.shape[1]} new tokens: they read the whole cache, split rows and heads")
     ways = [_ways(axes, mesh) for axes in (rows, text, heads)]
     for name, size, parts in zip("BTN", q.shape, ways, strict=False):
         if size % parts:
@@ -53,8 +56,6 @@ def over_mesh(
             f"{num_kv_heads} key heads can't be split over the {head_ways} devices of {heads!r}: one number must "
             f"divide the other"
         )
-    if text is not None and heads_first:
-        raise ValueError(f"{spec} splits T = {q.shape[1]} new tokens: they read the whole cache, split rows and heads")
     if text is not None:
         ring.check(mask, q.shape[1], k.shape[1])
 

@@ -168,7 +168,8 @@ def _call(rows, k, v, bits, k_scales, v_scales, sinks, num_queries, scale, logit
     turned = tuple(_slots_in_lanes(x) for x in (k, v))
     body = functools.partial(_body, work.row, turned, num_queries, scale, logit_softcap)
     column = pltpu.VMEM((heads, num_rows, 1), jnp.float32)
-    read = sum(x.size * x.dtype.itemsize for x in (rows, k, v, bits, k_scales, v_scales) if x is not None)
+    moved = [x.size * x.dtype.itemsize for x in (rows, k, v, bits, k_scales, v_scales) if x is not None]
+    moved.append(rows.size // width * v_width * rows.dtype.itemsize)  # the output
     logits = batch * num_kv_heads * num_rows * slots
     return pl.pallas_call(
         body,
@@ -182,7 +183,7 @@ def _call(rows, k, v, bits, k_scales, v_scales, sinks, num_queries, scale, logit
         out_shape=jax.ShapeDtypeStruct((batch, num_kv_heads, num_rows, v_width), rows.dtype),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM),
         cost_estimate=pl.CostEstimate(
-            flops=2 * logits * (width + v_width), bytes_accessed=read, transcendentals=logits
+            flops=2 * logits * (width + v_width), bytes_accessed=sum(moved), transcendentals=logits
         ),
         interpret=interpret,
         name="decode_attention",

@@ -1,4 +1,4 @@
-"""`decode_attention` split over 8 simulated devices by rows and heads: what one device gives, and nothing is gathered."""
+"""`decode_attention` split over 8 simulated devices: what one device gives, and nothing is gathered."""
 
 import functools
 import re
@@ -25,7 +25,8 @@ PACKED = Mask(
     q_segment_ids=np.array([[1, 1], [2, 0], [1, 2], [0, 0]]),
     kv_segment_ids=np.repeat([[0, 1, 2]], [10, 20, 10], axis=1).repeat(B, axis=0),
 )
-ROWS, HEADS, BOTH = P("data"), P(None, None, "tensor"), P(("data", "fsdp"), None, "tensor")
+ROWS, HEADS, BOTH = P("data"), P(None, None, "tensor"), P("data", None, "tensor")
+FOUR = P(("data", "fsdp"), None, "tensor")
 
 
 def inputs(kv_heads: int, cache=None):
@@ -41,7 +42,7 @@ def mesh_of(**axes: int):
 
 def placed(mesh, spec, q, k, v, mask, sinks):
     """As generation keeps them: a cache whose heads can't be split is whole."""
-    rows, _, heads = (*spec, None, None)[:3]
+    rows, _, heads = (*spec, None, None, None)[:3]
     kv_heads = jax.tree.leaves(k)[0].shape[1]
     keys = P(rows, heads if kv_heads % (mesh.shape[heads] if heads else 1) == 0 else None)
     at = functools.partial(NamedSharding, mesh)
@@ -52,10 +53,10 @@ def placed(mesh, spec, q, k, v, mask, sinks):
 CASES = {
     "rows": (dict(data=4), ROWS, 4, RAGGED, None),
     "heads": (dict(tensor=4), HEADS, 4, PACKED, None),
-    "both": (dict(data=2, fsdp=2, tensor=2), BOTH, 2, RAGGED, None),
-    "both, int8": (dict(data=2, fsdp=2, tensor=2), BOTH, 4, PACKED, jnp.int8),
+    "both": (dict(data=2, fsdp=2, tensor=2), FOUR, 2, RAGGED, None),
+    "both, int8": (dict(data=2, fsdp=2, tensor=2), FOUR, 4, PACKED, jnp.int8),
     "fewer key heads than devices": (dict(tensor=8), HEADS, 2, RAGGED, None),
-    "fewer key heads than devices, float8": (dict(data=2, tensor=4), P("data", None, "tensor"), 2, PACKED, "float8_e4m3fn"),
+    "fewer key heads than devices, float8": (dict(data=2, tensor=4), BOTH, 2, PACKED, "float8_e4m3fn"),
     "nothing, as rows can't be": (dict(data=8), P(), 4, RAGGED, None),
 }  # fmt: skip
 
@@ -83,7 +84,7 @@ def test_the_tpu_kernel_takes_its_share():
     expected = decode_attention(q, k, v, RAGGED, sinks=sinks, backend="reference")
     kernel = functools.partial(tpu.decode_attention, blocks=tpu.Blocks(1, 128), interpret=True)
     with jax.set_mesh(mesh_of(data=2, tensor=4)):
-        run = functools.partial(over_mesh, kernel, P("data", None, "tensor"), heads_first=True)
+        run = functools.partial(over_mesh, kernel, BOTH, heads_first=True)
         found = jax.jit(lambda *x: run(*x, H**-0.5, None, sinks))(q, k, v, RAGGED)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
