@@ -83,8 +83,9 @@ def extended(
         token = last - (last - jnp.arange(slots)) % slots
         seen = jnp.where(token > last - window, _segments(mask, token), 0)
         return written, written, Mask(q_segment_ids=mask.q_segment_ids, kv_segment_ids=seen)
-    rows, at = jnp.arange(len(mask.kv_segment_ids))[:, None], (length[..., None] + jnp.arange(count)) % slots
-    written = jax.tree.map(lambda old, more: old.at[rows, :, at].set(more.swapaxes(1, 2)), past, new)
+    at = jnp.broadcast_to((length[..., None] + jnp.arange(count)) % slots, (len(mask.kv_segment_ids), count))
+    write = jax.vmap(lambda old, more, at: old.at[:, at].set(more))  # by row: on a mesh each device writes its own
+    written = jax.tree.map(lambda old, more: write(old, more, at), past, new)
     token = last - slots + 1 + jnp.arange(slots)
     order = jnp.atleast_2d(token % slots)[:, None]
     ordered = jax.tree.map(
