@@ -43,6 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     generate.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
     generate.add_argument("--stop", action="append", help="text that ends the answer; repeats")
     generate.add_argument("--draft", metavar="DIR", help="a much smaller model that proposes tokens: the same, sooner")
+    generate.add_argument("--cache-dtype", help="keep keys and values in 8 bits: int8 or float8_e4m3fn (default: no)")
     generate.set_defaults(run=_generate)
     tokenizer = commands.add_parser("tokenizer", help="tokenizers of one's own")
     train = tokenizer.add_subparsers(required=True, metavar="ACTION").add_parser("train", help="learn one from text")
@@ -116,7 +117,7 @@ def _generate(options: argparse.Namespace) -> int:
     from vishwamai.pretrained import VishwamAI
 
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "cache_dtype")
     try:
         model = VishwamAI.from_pretrained(options.checkpoint)
         draft = VishwamAI.from_pretrained(options.draft) if options.draft else None

@@ -140,6 +140,7 @@ class VishwamAI(Pretrained):
                 Behind the end stands the pad id.
             draft: another, much smaller VishwamAI with the same tokenizer, which proposes `draft_tokens` (4) at a time:
                 the same tokens, sooner (speculative decoding, see `generation.decoding`).
+            cache_dtype: "int8" or "float8_e4m3fn" keeps past keys and values in 8 bits (see `Generation`).
             return_log_probabilities: return `Generated`, which has the new tokens' log-probabilities too.
 
         Raises:
@@ -208,6 +209,7 @@ class VishwamAI(Pretrained):
         draft: "VishwamAI | None" = None,
         draft_tokens: int = 4,
         keep_log_probabilities: bool = False,
+        cache_dtype: str | None = None,
         **sampling: Any,
     ) -> tuple[Generation, list[str]]:
         """What has its first tokens, and the strings that end a row."""
@@ -233,6 +235,7 @@ class VishwamAI(Pretrained):
             dtype=self.dtype,
             draft=draft and Draft(draft.graph, draft.parameters, draft_tokens, draft.dtype),
             keep_log_probabilities=keep_log_probabilities,
+            cache_dtype=cache_dtype,
         )
         return generation, strings
 

@@ -8,7 +8,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from kernels.attention import gpu, reference, sharding, tpu, xla
-from kernels.attention.mask import Mask, check
+from kernels.attention.arguments import DTYPES, check
+from kernels.attention.mask import Mask
 from kernels.backends import EVERYWHERE, Backend, choose
 
 # In order of preference.
@@ -18,7 +19,6 @@ BACKENDS = {
     "xla": Backend(EVERYWHERE, xla.attention),
     "reference": Backend((), reference.attention),
 }
-DTYPES = ("bfloat16", "float32", "float64")
 
 
 def attention(
@@ -61,7 +61,11 @@ def attention(
         TypeError: q, k and v of different types, or none of bfloat16, float32, float64; masks that are no integers.
     """
     mask = Mask() if mask is None else mask
-    _check(q, k, v, mask, logit_softcap, sinks)
+    check(q, k, v, mask, logit_softcap, sinks)
+    if not (q.dtype == k.dtype == v.dtype and q.dtype in DTYPES):
+        raise TypeError(
+            f"q, k and v must all be one of {', '.join(DTYPES)}, found {q.dtype}, {k.dtype}, {v.dtype}: cast them first"
+        )
     if max_logit is not None and np.shape(max_logit):
         raise ValueError(
             f"max_logit must be one number for all heads, found shape {np.shape(max_logit)}: take the highest"
@@ -81,25 +85,3 @@ def _run(backend: str, max_logit, *arguments):
     """On one device, whose share of the arguments decides the backend."""
     run = choose("attention", BACKENDS, backend, *arguments)
     return run(*arguments, max_logit) if run is tpu.attention else run(*arguments)
-
-
-def _check(q, k, v, mask: Mask, logit_softcap, sinks) -> None:
-    found = f"found q {q.shape}, k {k.shape}, v {v.shape}"
-    if not (q.ndim == k.ndim == v.ndim == 4):
-        raise ValueError(f"q, k and v must be B T N H, B S K H and B S K V, {found}")
-    if 0 in (*q.shape, *k.shape, *v.shape):
-        raise ValueError(f"q, k and v must not be empty, {found}")
-    (batch, num_queries, num_heads, head_dim), (_, num_keys, num_kv_heads, _) = q.shape, k.shape
-    if k.shape[0] != batch or k.shape[3] != head_dim or v.shape[:3] != k.shape[:3]:
-        raise ValueError(f"q, k and v must share B, k and v also S and K, q and k also H, {found}")
-    if num_heads % num_kv_heads:
-        raise ValueError(f"the query heads must be a multiple of the key heads, {found}")
-    if not (q.dtype == k.dtype == v.dtype and q.dtype in DTYPES):
-        raise TypeError(
-            f"q, k and v must all be one of {', '.join(DTYPES)}, found {q.dtype}, {k.dtype}, {v.dtype}: cast them first"
-        )
-    if logit_softcap is not None and not logit_softcap > 0:
-        raise ValueError(f"logit_softcap must be positive, found {logit_softcap}")
-    if sinks is not None and sinks.shape != (num_heads,):
-        raise ValueError(f"sinks must have shape ({num_heads},), one logit per query head, found {sinks.shape}")
-    check(mask, batch, num_queries, num_keys)

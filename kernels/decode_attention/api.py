@@ -4,10 +4,12 @@ import functools
 
 import jax.numpy as jnp
 from jax import custom_jvp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from kernels.attention.api import DTYPES
-from kernels.attention.mask import Mask, check
+from kernels.attention.arguments import DTYPES, check
+from kernels.attention.mask import Mask
+from kernels.attention.sharding import over_mesh
 from kernels.backends import EVERYWHERE, Backend, choose, lazily
 from kernels.decode_attention import reference, xla
 from kernels.decode_attention.quantized import LARGEST, QuantizedVectors
@@ -30,6 +32,7 @@ def decode_attention(
     logit_softcap: float | None = None,
     sinks: Float[Array, " N"] | None = None,
     backend: str = "auto",
+    spec: PartitionSpec | None = None,
 ) -> Float[Array, "B T N V"]:
     """`kernels.attention` for T new tokens, one or a few, against S cached ones: bound by reading the cache once.
 
@@ -44,18 +47,34 @@ def decode_attention(
             `Mask(causal=True, q_offset=lengths)`, where `lengths` (int `B`) were written before these T.
         scale, logit_softcap, sinks: as in `kernels.attention`.
         backend: "auto", "tpu" (Pallas), "xla" or "reference" (for tests).
+        spec: how B, T and N of q lie on the mesh in context, as PartitionSpec(("data", "fsdp"), None, "tensor"); k, v
+            and the mask lie accordingly and nothing is gathered. T is whole. None leaves it to XLA, which can't split
+            a Pallas kernel.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown backend, or one that can't do what is asked.
+        ValueError: shapes that do not fit, an unknown backend, one that can't do what is asked, or a spec that does
+            not fit the mesh or the shapes.
         TypeError: q of none of bfloat16, float32, float64; k or v neither of q's type nor quantised to int8 or
             float8_e4m3fn; masks that are no integers.
         NotImplementedError: somebody differentiates it.
     """
     mask = Mask() if mask is None else mask
-    _check(q, k, v, mask, logit_softcap, sinks)
+    values = (x.values if isinstance(x, QuantizedVectors) else x for x in (k, v))
+    check(q, *values, mask, logit_softcap, sinks, heads_first=True)
+    if q.dtype not in DTYPES:
+        raise TypeError(f"q must be one of {', '.join(DTYPES)}, found {q.dtype}")
+    for name, x in (("k", k), ("v", v)):
+        _check_type(name, x, q.dtype)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    run = choose("decode_attention", BACKENDS, backend, q, k, v, mask, scale, logit_softcap, sinks)
+    run = functools.partial(_run, backend)
+    if spec is not None:
+        run = functools.partial(over_mesh, run, spec, heads_first=True)
     return _without_gradient(run, scale, logit_softcap, q, k, v, mask, sinks).astype(q.dtype)
+
+
+def _run(backend: str, *arguments):
+    """On one device, whose share of the arguments decides the backend."""
+    return choose("decode_attention", BACKENDS, backend, *arguments)(*arguments)
 
 
 @functools.partial(custom_jvp, nondiff_argnums=(0, 1, 2))
@@ -66,30 +85,6 @@ def _without_gradient(run, scale, logit_softcap, q, k, v, mask, sinks):
 @_without_gradient.defjvp
 def _no_gradient(*arguments):
     raise NotImplementedError("decode_attention has no gradient: differentiate kernels.attention, which has")
-
-
-def _check(q, k, v, mask: Mask, logit_softcap, sinks) -> None:
-    values = {name: x.values if isinstance(x, QuantizedVectors) else x for name, x in (("k", k), ("v", v))}
-    found = f"found q {q.shape}, " + ", ".join(f"{name} {x.shape}" for name, x in values.items())
-    keys, its_values = values.values()
-    if not (q.ndim == keys.ndim == its_values.ndim == 4):
-        raise ValueError(f"q, k and v must be B T N H, B K S H and B K S V (heads before slots), {found}")
-    if 0 in (*q.shape, *keys.shape, *its_values.shape):
-        raise ValueError(f"q, k and v must not be empty, {found}")
-    (batch, num_queries, num_heads, head_dim), (_, num_kv_heads, slots, _) = q.shape, keys.shape
-    if keys.shape[0] != batch or keys.shape[3] != head_dim or its_values.shape[:3] != keys.shape[:3]:
-        raise ValueError(f"q, k and v must share B, k and v also K and S, q and k also H (k is B K S H), {found}")
-    if num_heads % num_kv_heads:
-        raise ValueError(f"the query heads must be a multiple of the key heads (k is B K S H), {found}")
-    if q.dtype not in DTYPES:
-        raise TypeError(f"q must be one of {', '.join(DTYPES)}, found {q.dtype}")
-    for name, x in (("k", k), ("v", v)):
-        _check_type(name, x, q.dtype)
-    if logit_softcap is not None and not logit_softcap > 0:
-        raise ValueError(f"logit_softcap must be positive, found {logit_softcap}")
-    if sinks is not None and sinks.shape != (num_heads,):
-        raise ValueError(f"sinks must have shape ({num_heads},), one logit per query head, found {sinks.shape}")
-    check(mask, batch, num_queries, slots)
 
 
 def _check_type(name: str, x, dtype) -> None:

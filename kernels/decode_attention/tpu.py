@@ -58,7 +58,7 @@ def refusal(q, k, v, mask: Mask, scale: float, logit_softcap, sinks) -> str | No
     if q.dtype == jnp.float64:
         return "TPUs have no float64"
     if left_to_xla():
-        return "XLA can't split a kernel over a mesh: call it in a shard_map over rows and key heads"
+        return "XLA can't split a kernel over a mesh: say by spec how rows and heads lie"
     if q.shape[1] > MAX_QUERIES:
         return f"it takes at most {MAX_QUERIES} new tokens, found {q.shape[1]}: kernels.attention is for more"
     return None
@@ -168,7 +168,8 @@ def _call(rows, k, v, bits, k_scales, v_scales, sinks, num_queries, scale, logit
     turned = tuple(_slots_in_lanes(x) for x in (k, v))
     body = functools.partial(_body, work.row, turned, num_queries, scale, logit_softcap)
     column = pltpu.VMEM((heads, num_rows, 1), jnp.float32)
-    read = sum(x.size * x.dtype.itemsize for x in (rows, k, v, bits, k_scales, v_scales) if x is not None)
+    moved = [x.size * x.dtype.itemsize for x in (rows, k, v, bits, k_scales, v_scales) if x is not None]
+    moved.append(rows.size // width * v_width * rows.dtype.itemsize)  # the output
     logits = batch * num_kv_heads * num_rows * slots
     return pl.pallas_call(
         body,
@@ -182,7 +183,7 @@ def _call(rows, k, v, bits, k_scales, v_scales, sinks, num_queries, scale, logit
         out_shape=jax.ShapeDtypeStruct((batch, num_kv_heads, num_rows, v_width), rows.dtype),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM),
         cost_estimate=pl.CostEstimate(
-            flops=2 * logits * (width + v_width), bytes_accessed=read, transcendentals=logits
+            flops=2 * logits * (width + v_width), bytes_accessed=sum(moved), transcendentals=logits
         ),
         interpret=interpret,
         name="decode_attention",

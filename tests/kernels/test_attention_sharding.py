@@ -10,7 +10,7 @@ from attention_in_float64 import NAMES, assert_close, exact
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from kernels import Mask, attention
-from kernels.attention import xla
+from kernels.attention import ring, xla
 
 P = PartitionSpec
 COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "reduce-scatter", "collective-permute")
@@ -77,6 +77,8 @@ RINGS = {
     "full": Mask(),
     "causal": Mask(causal=True),
     "packed": Mask(causal=True, q_segment_ids=SEGMENTS),
+    "lengths": Mask(causal=True, kv_length=LENGTHS),
+    "length, packed": Mask(causal=True, kv_length=43, q_segment_ids=SEGMENTS, kv_segment_ids=SEGMENTS[:, ::-1].copy()),
     "window": Mask(causal=True, window=14),
     "prefix, lengths": Mask(causal=True, prefix_length=np.array([3, 13, 0, 40]), kv_length=LENGTHS),
     "window, all": Mask(causal=True, window=9, prefix_length=2, kv_length=45, q_segment_ids=SEGMENTS),
@@ -97,6 +99,20 @@ def test_a_ring_over_the_text_is_the_whole_text(name):
     assert collectives(program) == {"collective-permute"} | (set() if sinks is None else {"all-reduce"})
     assert not re.search(rf"[\[,]{T}[\],]", program)  # nothing is as long as the text
     assert_close(found, exact(qkv, mask, cotangents, sinks=sinks), 1e-5)
+
+
+def test_parts_of_odd_length_stay_in_order():
+    qkv, cotangents = jax.tree.map(lambda x: x[:, :44], inputs(4))
+    _, found = run(mesh_of(tensor=2, context=4), P(None, "context", "tensor"), qkv, cotangents, Mask(causal=True))
+    assert_close(found, exact(qkv, Mask(causal=True), cotangents), 1e-5)
+
+
+def test_a_causal_ring_gives_every_device_the_same_work():
+    steps = ring._steps(Mask(causal=True), 12, 5, balanced=True)
+    assert all(work.order.causal == (step == 0) for step, pair in enumerate(steps) for work in pair if work)
+    for step, (behind, ahead) in enumerate(steps):
+        pairs = [len(range(12)[work.queries]) * len(range(12)[work.keys]) for work in (behind, ahead) if work]
+        assert pairs == ([144] if step == 0 else [72, 72])
 
 
 def test_a_ring_goes_no_further_than_the_window():

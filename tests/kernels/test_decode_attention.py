@@ -218,7 +218,7 @@ def test_split_over_batch_and_heads_nothing_is_gathered():
         ({"backend": "flash"}, ValueError, "no backend 'flash'; there are: auto, "),
         ({"q": (1, 2, 5, 8)}, ValueError, "multiple of the key heads"),
         ({"k": (1, 2, 30, 9)}, ValueError, "q and k also H"),
-        ({"v": (1, 2, 31, 8)}, ValueError, "k and v also K and S"),
+        ({"v": (1, 2, 31, 8)}, ValueError, "k and v also S and K"),
         ({"q": (2, 4, 8)}, ValueError, "must be B T N H, B K S H"),
         ({"k": (1, 2, 0, 8), "v": (1, 2, 0, 8)}, ValueError, "must not be empty"),
         ({"logit_softcap": 0.0}, ValueError, "must be positive, found 0.0"),

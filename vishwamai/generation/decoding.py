@@ -50,6 +50,7 @@ class Sizes(NamedTuple):
     samples: int
     draft_tokens: int  # proposed in each turn
     log_probabilities: bool  # whether they are kept
+    cache_dtype: str | None  # that keys and values are quantised to
 
 
 @jax.tree_util.register_dataclass
@@ -91,7 +92,9 @@ def start(models: Models, batch: Batch, settings: Settings, ending: Ending, size
     def prefill(model: Model):
         whole = model.merged()
         decoder, x = whole.language_model, whole.embed(batch, model.dtype)
-        x, cache = decoder.prefill(x, batch.positions, whole.mask(batch), slots, at_a_time=sizes.draft_tokens + 1)
+        x, cache = decoder.prefill(
+            x, batch.positions, whole.mask(batch), slots, sizes.draft_tokens + 1, sizes.cache_dtype
+        )
         return decoder, x[:, -1], cache
 
     decoder, x, cache = prefill(models.model)

@@ -1,7 +1,6 @@
 """Grouped-query self-attention with rotary positions, q/k norm, a window and a cache, each where there is one."""
 
 from dataclasses import replace
-from functools import partial
 
 from flax import nnx
 from jax.nn import initializers
@@ -54,12 +53,11 @@ class Attention(nnx.Module):
         if hasattr(self, "q_norm"):
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, angles[self.kind]), rotate(k, angles[self.kind])
+        attend, spec = attention, attention_spec(q, k)
         keys_values = KeysValues(k.swapaxes(1, 2), v.swapaxes(1, 2))
         if past is not None:
             keys_values, (k, v), mask = extended(past, keys_values, mask, self.window, length)
             attend = decode_attention
-        else:
-            attend = partial(attention, spec=attention_spec(q, k))
         mask = replace(mask, window=self.window if mask.causal else None)
-        out = attend(q, k, v, mask, scale=self.scale, logit_softcap=self.softcap)
+        out = attend(q, k, v, mask, scale=self.scale, logit_softcap=self.softcap, spec=spec)
         return self.o_proj(out.reshape(*x.shape[:2], -1)), keys_values

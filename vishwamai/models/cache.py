@@ -1,7 +1,8 @@
 """Keys and values of past tokens: all of them, or of a layer with a window only those that it can still see."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,17 +10,21 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from kernels import Mask
+from kernels.decode_attention.quantized import QuantizedVectors, quantize
 
 
 class KeysValues(NamedTuple):
     """What one layer's attention reads; heads before slots, as its products read them."""
 
-    keys: Float[Array, "B K S H"]
-    values: Float[Array, "B K S H"]
+    keys: Float[Array, "B K S H"] | QuantizedVectors
+    values: Float[Array, "B K S H"] | QuantizedVectors
 
     @property
     def slots(self) -> int:
-        return self.keys.shape[2]
+        return jax.tree.leaves(self)[0].shape[2]
+
+    def quantized(self, dtype: Any) -> "KeysValues":
+        return KeysValues(*(quantize(x, dtype) for x in self))
 
 
 @jax.tree_util.register_dataclass
@@ -27,8 +32,9 @@ class KeysValues(NamedTuple):
 class KVCache:
     """Keys and values of past tokens, with free slots for those to come.
 
-    One pair of arrays per layer, so that each is updated in place; `Transformer.prefill` makes it. A layer with a
-    window may have fewer slots than there are tokens, R: token n then stands in slot n % R, until a later one takes it.
+    One pair of arrays per layer, so that each is updated in place; `Transformer.prefill` makes it. They may be
+    quantised; tokens that are written behind become so too, each vector by itself. A layer with a window may have fewer
+    slots than there are tokens, R: token n then stands in slot n % R, until a later one takes it.
     """
 
     layers: tuple[KeysValues, ...]
@@ -44,9 +50,13 @@ class KVCache:
 def filled(prompt: KeysValues, slots: int) -> KeysValues:
     """A prompt's keys and values in `slots` slots: with free ones behind, or the latest in their places of a ring."""
     length = prompt.slots
-    if length <= slots:
-        return KeysValues(*(jnp.pad(x, ((0, 0), (0, 0), (0, slots - length), (0, 0))) for x in prompt))
-    return KeysValues(*(jnp.roll(x[:, :, -slots:], length % slots, axis=2) for x in prompt))
+
+    def fill(x: Array) -> Array:
+        if length <= slots:
+            return jnp.pad(x, [(0, slots - length if axis == 2 else 0) for axis in range(x.ndim)])
+        return jnp.roll(x[:, :, -slots:], length % slots, axis=2)
+
+    return jax.tree.map(fill, prompt)
 
 
 def extended(
@@ -61,33 +71,36 @@ def extended(
         length: how many tokens came before, of all rows or of each.
     """
     slots, count = past.slots, new.slots
-    pairs = list(zip(past, new, strict=True))
+    if isinstance(past.keys, QuantizedVectors):
+        new = new.quantized(past.keys.values.dtype)
     if slots >= mask.kv_segment_ids.shape[1]:
-        written = KeysValues(*(_written(old, more, length) for old, more in pairs))
+        written = _written(past, new, length)
         return written, written, mask
     last = (length + count - 1)[..., None]
     if count == 1:
-        written = KeysValues(*(_written(old, more, length % slots) for old, more in pairs))
+        written = _written(past, new, length % slots)
         # Slots may stand in any order: one query sees all that are in its window.
         token = last - (last - jnp.arange(slots)) % slots
         seen = jnp.where(token > last - window, _segments(mask, token), 0)
         return written, written, Mask(q_segment_ids=mask.q_segment_ids, kv_segment_ids=seen)
-    rows, at = jnp.arange(new.keys.shape[0])[:, None], (length[..., None] + jnp.arange(count)) % slots
-    written = KeysValues(*(old.at[rows, :, at].set(more.swapaxes(1, 2)) for old, more in pairs))
+    at = jnp.broadcast_to((length[..., None] + jnp.arange(count)) % slots, (len(mask.kv_segment_ids), count))
+    write = jax.vmap(lambda old, more, at: old.at[:, at].set(more))  # by row: on a mesh each device writes its own
+    written = jax.tree.map(lambda old, more: write(old, more, at), past, new)
     token = last - slots + 1 + jnp.arange(slots)
-    order = jnp.atleast_2d(token % slots)[:, None, :, None]
-    ordered = KeysValues(*(jnp.take_along_axis(x, order, axis=2) for x in written))
+    order = jnp.atleast_2d(token % slots)[:, None]
+    ordered = jax.tree.map(
+        lambda x: jnp.take_along_axis(x, order if x.ndim == 3 else order[..., None], axis=2), written
+    )
     q_ids, ids = mask.q_segment_ids, _segments(mask, token)
     return written, ordered, Mask(causal=True, q_segment_ids=q_ids, kv_segment_ids=ids, q_offset=slots - count)
 
 
-def _written(
-    old: Float[Array, "B K S H"], more: Float[Array, "B K T H"], start: Int[Array, "..."]
-) -> Float[Array, "B K S H"]:
+def _written(past: KeysValues, new: KeysValues, start: Int[Array, "..."]) -> KeysValues:
     """In place, from slot `start` of all rows or of each."""
+    write = lax.dynamic_update_slice_in_dim
     if start.ndim == 0:
-        return lax.dynamic_update_slice(old, more, (0, 0, start, 0))
-    return jax.vmap(lambda old, more, start: lax.dynamic_update_slice(old, more, (0, start, 0)))(old, more, start)
+        return jax.tree.map(lambda old, more: write(old, more, start, axis=2), past, new)
+    return jax.tree.map(lambda *pair: jax.vmap(partial(write, axis=1))(*pair, start), past, new)
 
 
 def _segments(mask: Mask, token: Int[Array, "... R"]) -> Int[Array, "B R"]:

@@ -164,17 +164,19 @@ class Transformer(nnx.Module):
         mask: Mask,
         segment_ids: Int[Array, "B S"],
         at_a_time: int = 1,
+        cache_dtype: str | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """As `decoder` without a cache, and a cache of the T tokens with S - T free slots (their segments known).
 
         A layer with a window keeps no more tokens than that, and room for others where they are to come several
-        `at_a_time`: the earliest of these sees the whole window when the latest is written.
+        `at_a_time`: the earliest of these sees the whole window when the latest is written. `cache_dtype`: int8 or
+        float8_e4m3fn quantises the cache; the prompt itself is attended to as it was computed.
         """
         angles = self.angles(positions)
 
         def body(layer: DecoderLayer, x):
             x, keys_values, _ = layer(x, angles, mask)
-            return x, keys_values
+            return x, keys_values.quantized(cache_dtype) if cache_dtype else keys_values
 
         x, found = run(self.layers, self.pattern, body, x)
         windows = (

@@ -236,6 +236,7 @@ def test_the_command_prints_what_generate_gives(model, capsys):
         (["--max-new-tokens", "500"], "the context holds 96"),
         (["--top-p", "2"], "top_p=2.0"),
         (["--draft", "nowhere"], "nowhere"),
+        (["--cache-dtype", "int4"], "cache_dtype='int4': expected int8"),
     ],
 )
 def test_the_command_says_what_is_wrong(model, capsys, change, message):
