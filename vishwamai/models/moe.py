@@ -135,7 +135,7 @@ def dropless(
     matrices: Matrices,
     act: Activation,
 ) -> Float[Array, "T D"]:
-    """Every choice is honoured: sort by expert, one grouped product per matrix, unsort (Gale et al. 2022).
+    """Every choice is honoured: sort by expert, grouped products, unsort (Gale et al. 2022).
 
     A choice of expert E, which there is not, gives 0.
     """
@@ -144,7 +144,7 @@ def dropless(
     place = jnp.argsort(order)  # where each choice stands when sorted
     sizes = jnp.sum(jax.nn.one_hot(experts, len(gate), dtype=jnp.int32), axis=(0, 1))
     sorted_rows = repeated_rows(rows, order, place, k)
-    inner = ACTIVATIONS[act](grouped_matmul(sorted_rows, gate, sizes)) * grouped_matmul(sorted_rows, up, sizes)
+    inner = grouped_matmul(sorted_rows, up, sizes, gate=gate, activation=ACTIVATIONS[act])
     found = permuted(grouped_matmul(inner, down, sizes), place, order).reshape(count, k, -1)
     return jnp.einsum("tkd,tk->td", found, weights.astype(rows.dtype))
 
