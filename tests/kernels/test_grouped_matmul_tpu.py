@@ -134,7 +134,9 @@ def check_gated(sizes, rows, inner, width, turned=False, dtype=jnp.float32, limi
 @settings(max_examples=15, deadline=None)
 @given(sizes=splits(600, 4))
 def test_gated(sizes):
-    check_gated(sizes, 600, 9, 7, chip=SMALL)
+    small = SMALL._replace(memory=120_000)
+    assert tiles.for_products(600, 9, 7, 4, 4, 4, small, matrices=2, outputs=3)[:2] == (256, 32)
+    check_gated(sizes, 600, 9, 7, chip=small)
 
 
 @pytest.mark.parametrize("turned", [False, True])
