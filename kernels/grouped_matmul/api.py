@@ -17,10 +17,12 @@ _tpu = partial(lazily, "kernels.grouped_matmul.tpu.backend")
 def _dequantized(run: Callable):
     """For a backend that knows no quantized matrices: all of them are widened, and get no gradient."""
 
-    def widened(x, w, group_sizes, transpose_w):
-        if isinstance(w, QuantizedMatrices):
-            w = jax.lax.stop_gradient(w).dequantized(transpose_w, x.dtype)
-        return run(x, w, group_sizes, transpose_w)
+    def widened(x, matrices, group_sizes, transpose_w, activation):
+        matrices = tuple(
+            jax.lax.stop_gradient(w).dequantized(transpose_w, x.dtype) if isinstance(w, QuantizedMatrices) else w
+            for w in matrices
+        )
+        return run(x, matrices, group_sizes, transpose_w, activation)
 
     return widened
 
@@ -39,6 +41,8 @@ def grouped_matmul(
     group_sizes: Int[Array, " E"],
     *,
     transpose_w: bool = False,
+    gate: Float[Array, "E D F"] | QuantizedMatrices | None = None,
+    activation: Callable[[Array], Array] = jax.nn.silu,
     backend: str = "auto",
 ) -> Float[Array, "M F"]:
     """The rows of x, sorted by group, each times its group's matrix: the first group_sizes[0] rows times w[0], ...
@@ -49,12 +53,15 @@ def grouped_matmul(
     Args:
         w: or `kernels.grouped_matmul.quantized.QuantizedMatrices`: 8 bits with scales. Those get no gradient, x does.
         transpose_w: w is E F D, and its matrices are used transposed.
+        gate: as w, of the same kind. The result is then activation(x @ gate) * (x @ w): SwiGLU (Shazeer 2020), from
+            one reading of x where the backend can.
+        activation: of single numbers, traced by JAX; one and the same function compiles once.
         backend: "auto", "tpu" (Pallas: bfloat16 or float32 rows), "xla" (blocks of rows: work grows with the rows
             there are) or "reference" (for tests).
 
     Raises:
         ValueError: shapes that do not fit, or an unknown backend.
-        TypeError: group sizes that are no integers, quantized values that are none of 8 bits.
+        TypeError: group sizes that are no integers, quantized values that are none of 8 bits, a gate of another kind.
     """
     shape = w.values.shape if isinstance(w, QuantizedMatrices) else w.shape
     found = f"found x {x.shape}, w {shape}"
@@ -66,7 +73,16 @@ def grouped_matmul(
         )
     if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
         raise TypeError(f"group_sizes must be integers, found {group_sizes.dtype}")
-    if isinstance(w, QuantizedMatrices):
-        quantized.check(w, transpose_w)
-    arguments = x, w, group_sizes, transpose_w
+    matrices = (w,) if gate is None else (gate, w)
+    if gate is not None and (mine := _kind(gate)) != (its := _kind(w)):
+        raise TypeError(f"gate must be as w is, found {mine}, w {its}")
+    for each in matrices:
+        if isinstance(each, QuantizedMatrices):
+            quantized.check(each, transpose_w)
+    arguments = x, matrices, group_sizes, transpose_w, None if gate is None else activation
     return choose("grouped_matmul", BACKENDS, backend, *arguments)(*arguments).astype(x.dtype)
+
+
+def _kind(w) -> str:
+    values, quantized = (w.values, "quantized ") if isinstance(w, QuantizedMatrices) else (w, "")
+    return f"{quantized}{values.dtype} {values.shape}"

@@ -3,6 +3,7 @@
 `lax.ragged_dot` is a dense product with every expert on CPU, and its gradient touches experts without rows.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -14,9 +15,20 @@ from jaxtyping import Array, Float, Int
 BLOCKS = (1024, 256, 64)
 
 
+def grouped_matmul(
+    x: Float[Array, "M D"],
+    matrices: tuple[Float[Array, "E D F"], ...],
+    group_sizes: Int[Array, " E"],
+    turned: bool,
+    activation: Callable[[Array], Array] | None,
+) -> Float[Array, "M F"]:
+    """As the reference: one matrix for each group after the other."""
+    found = [_one(x, w, group_sizes, turned).astype(x.dtype) for w in matrices]
+    return found[0] if activation is None else activation(found[0]) * found[1]
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(3,))
-def grouped_matmul(x: Float[Array, "M D"], w: Float[Array, "E D F"], group_sizes: Int[Array, " E"], turned: bool):
-    """As the reference; `turned`: w is E F D."""
+def _one(x, w, group_sizes, turned):
     return _forward(x, w, group_sizes, turned)[0]
 
 
@@ -32,7 +44,7 @@ def _backward(turned, saved, dy):
     return dx, dw.astype(w.dtype), None
 
 
-grouped_matmul.defvjp(_forward, _backward)
+_one.defvjp(_forward, _backward)
 
 
 def _products(x, w, group_sizes, turned):

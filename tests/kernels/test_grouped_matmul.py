@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from grouped_in_float64 import exact
+from grouped_in_float64 import exact, exact_gated
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -73,6 +73,49 @@ def test_nothing_leaks_from_behind_the_last_group(backend):
         np.testing.assert_array_equal(clean, found)
 
 
+def check_gated(sizes, behind, backend, dtype, turned, limit):
+    """Against float64; what stands behind the last group is NaN, in what comes from above too."""
+    x, up, dy = (jnp.asarray(a, dtype) for a in arrays(sizes, behind, 9, 5))
+    gate = jnp.asarray(list(arrays(sizes, behind, 9, 5, seed=1))[1], dtype)
+    true, live, group_sizes = exact_gated(x, gate, up, sizes, dy), sum(sizes), jnp.asarray(sizes, jnp.int32)
+    x, dy = (a.at[live:].set(jnp.nan) for a in (x, dy))
+
+    def run(x, gate, up):
+        gate, up = (w.swapaxes(1, 2) if turned else w for w in (gate, up))
+        return grouped_matmul(x, up, group_sizes, gate=gate, transpose_w=turned, backend=backend)
+
+    y, back = jax.vjp(run, x, gate, up)
+    found = y, *back(dy)
+    assert {a.dtype for a in found} == {jnp.dtype(dtype)}
+    for name, got, want in zip(("y", "dx", "dgate", "dup"), found, true, strict=True):
+        largest = max(np.abs(want).max(initial=0), 1e-3)
+        assert np.abs(np.asarray(got, np.float64) - want).max(initial=0) <= limit * largest, name
+    assert not np.any(y[live:]) and not np.any(found[1][live:]), "behind the last group"
+    for gradient in found[2:]:
+        assert not np.any(np.asarray(gradient, np.float64)[np.asarray(sizes) == 0]), "a group without rows"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("sizes", [[7, 0, 31], [0, 90, 0], [0, 0, 0], [1]], ids=str)
+def test_gated(backend, turned, sizes):
+    check_gated(sizes, 3, backend, jnp.float32, turned, 1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gated_in_bfloat16(backend):
+    check_gated([70, 0, 31], 3, backend, jnp.bfloat16, False, 3e-2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_another_activation(backend):
+    x, up, _ = (jnp.asarray(a, jnp.float32) for a in arrays([3, 4], 2, 6, 4))
+    sizes = jnp.array([3, 4])
+    found = grouped_matmul(x, up, sizes, gate=-up, activation=jax.nn.relu, backend=backend)
+    product = np.asarray(grouped_matmul(x, up, sizes, backend=backend))
+    np.testing.assert_allclose(found, np.maximum(-product, 0) * product, rtol=1e-5, atol=1e-6)
+
+
 def test_sizes_may_be_traced():
     x, w, _ = (jnp.asarray(a, jnp.float32) for a in arrays([5, 6], 0, 4, 3))
     run = jax.jit(grouped_matmul)
@@ -115,5 +158,9 @@ def test_bad_arguments_are_named():
         grouped_matmul(x, QuantizedMatrices(w, jnp.ones(())), sizes)
     with pytest.raises(ValueError, match=r"a number or have shape \(2, 5\), .* found \(2, 3\)"):
         grouped_matmul(x, QuantizedMatrices(w.astype(jnp.int8), jnp.ones((2, 3))), sizes)
+    with pytest.raises(TypeError, match=r"gate must be as w is, found float32 \(2, 3, 4\), w float32 \(2, 3, 5\)"):
+        grouped_matmul(x, w, sizes, gate=w[:, :, :4])
+    with pytest.raises(TypeError, match="found quantized int8"):
+        grouped_matmul(x, w, sizes, gate=QuantizedMatrices(w.astype(jnp.int8), jnp.ones(())))
     with pytest.raises(ValueError, match="no backend 'cuda'"):
         grouped_matmul(x, w, sizes, backend="cuda")

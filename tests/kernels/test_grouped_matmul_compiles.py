@@ -32,6 +32,19 @@ def test_forward_and_backward(chip, shape):
     assert program.memory_analysis().temp_size_in_bytes < 2**26, "nothing is copied"
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("chip", CHIPS)
+def test_gated(chip, shape):
+    def run(x, gate, up, sizes, dy):
+        y, back = jax.vjp(lambda x, gate, up: grouped_matmul(x, up, sizes, gate=gate), x, gate, up)
+        return y, *back(dy)
+
+    x, w, sizes, dy = arrays(SHAPES[shape], jnp.bfloat16)
+    program = compiled_for(chip, run, x, w, w, sizes, dy)
+    assert program.as_text().count("tpu_custom_call") == 3, "the forward, dx, and both matrices' gradients"
+    assert program.memory_analysis().temp_size_in_bytes < 4 * dy.size * 2 + 2**26, "two products, and their gradients"
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("chip", CHIPS)
 def test_matrices_transposed_and_quantized(chip, dtype):

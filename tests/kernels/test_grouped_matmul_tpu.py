@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from grouped_in_float64 import exact
+from grouped_in_float64 import exact, exact_gated
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,7 +24,7 @@ def float64(x):
 @partial(jax.jit, static_argnames=("turned", "chip"))
 def run(x, w, sizes, dy, turned, chip):
     """y, dx, dw: one program for all splits of the same rows."""
-    y, back = jax.vjp(lambda x, w: backend.grouped_matmul(x, w, sizes, turned, chip, True), x, w)
+    y, back = jax.vjp(lambda x, w: backend.grouped_matmul(x, (w,), sizes, turned, None, chip, True), x, w)
     return y, *back(dy)
 
 
@@ -97,10 +97,77 @@ def test_quantized_matrices(dtype, turned):
     w = QuantizedMatrices(values, jnp.asarray(draw.uniform(0.1, 1, (3, 290)), jnp.float32))
     small = tiles.Chip(matrix_unit=128, memory=340_000, cores=1)
     assert tiles.for_products(60, 9, 290, 3, 4, 1, small).columns == 128, "scales come in parts too"
-    y, back = jax.vjp(lambda x: backend.grouped_matmul(x, w, sizes, turned, small, True), x)
+    y, back = jax.vjp(lambda x: backend.grouped_matmul(x, (w,), sizes, turned, None, small, True), x)
     wide = np.swapaxes(w.values, 1, 2) if turned else w.values
     true = exact(x, float64(wide) * float64(w.scales)[:, None], sizes, dy)
     for got, want in zip((y, *back(dy)), true[:2], strict=True):
+        assert np.abs(float64(got) - want).max() <= 1e-5 * np.abs(want).max()
+
+
+@partial(jax.jit, static_argnames=("turned", "chip"))
+def run_gated(x, gate, up, sizes, dy, turned, chip):
+    def forward(x, gate, up):
+        gate, up = (w.swapaxes(1, 2) if turned else w for w in (gate, up))
+        return backend.grouped_matmul(x, (gate, up), sizes, turned, jax.nn.silu, chip, True)
+
+    y, back = jax.vjp(forward, x, gate, up)
+    return y, forward(x, gate, up), *back(dy)
+
+
+def check_gated(sizes, rows, inner, width, turned=False, dtype=jnp.float32, limit=1e-5, chip=CHIP):
+    """Against float64; what stands behind the last group is NaN."""
+    draw, live = np.random.default_rng(0), sum(sizes)
+    shapes = (rows, inner), (len(sizes), inner, width), (len(sizes), inner, width), (rows, width)
+    x, gate, up, dy = (jnp.asarray(draw.normal(size=shape), dtype) for shape in shapes)
+    true = exact_gated(x, gate, up, sizes, dy)
+    x, dy = (a.at[live:].set(jnp.nan) for a in (x, dy))
+    y, alone, *gradients = run_gated(x, gate, up, jnp.asarray(sizes, jnp.int32), dy, turned, chip)
+    np.testing.assert_array_equal(y, alone, err_msg="without a gradient there is another kernel")
+    assert {a.dtype for a in (y, *gradients)} == {jnp.dtype(dtype)}
+    for name, got, want in zip(("y", "dx", "dgate", "dup"), (y, *gradients), true, strict=True):
+        assert np.abs(float64(got) - want).max(initial=0) <= limit * max(np.abs(want).max(initial=0), 1e-3), name
+    assert not np.any(y[live:]) and not np.any(gradients[0][live:]), "behind the last group"
+    for gradient in gradients[1:]:
+        assert not np.any(float64(gradient)[np.asarray(sizes) == 0]), "a group without rows"
+
+
+@settings(max_examples=15, deadline=None)
+@given(sizes=splits(600, 4))
+def test_gated(sizes):
+    small = SMALL._replace(memory=120_000)
+    assert tiles.for_products(600, 9, 7, 4, 4, 4, small, matrices=2, outputs=3)[:2] == (256, 32)
+    check_gated(sizes, 600, 9, 7, chip=small)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("sizes", [[0, 0, 1100], [1000, 0, 31], [0, 0, 0]], ids=str)
+def test_gated_over_several_tiles(sizes, turned):
+    check_gated(sizes, 1110, 6, 5, turned)
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_gated_in_parts(turned):
+    """Too wide for the memory: as for one matrix."""
+    small = tiles.Chip(matrix_unit=128, memory=1_800_000, cores=1)
+    of_rows, of_matrices = dict(matrices=2, outputs=3), dict(rights=2)
+    assert tiles.for_products(60, 300, 290, 3, 4, 4, small, **of_rows).columns == 128
+    assert tiles.for_outer(60, 300, 290, 3, 4, 4, small, **of_matrices).inner == 128
+    check_gated([20, 0, 33], 60, 300, 290, turned, chip=small)
+
+
+def test_gated_in_bfloat16():
+    check_gated([300, 0, 41], 344, 128, 8, dtype=jnp.bfloat16, limit=2e-2)
+
+
+def test_gated_by_quantized_matrices():
+    draw, sizes = np.random.default_rng(0), jnp.array([20, 0, 33])
+    x, dy = (jnp.asarray(draw.normal(size=(60, n)), jnp.float32) for n in (9, 290))
+    values = jnp.asarray(draw.integers(-99, 99, (2, 3, 9, 290)), jnp.int8)
+    scales = jnp.asarray(draw.uniform(0.001, 0.01, (2, 3, 290)), jnp.float32)
+    gate, up = map(QuantizedMatrices, values, scales)
+    y, back = jax.vjp(lambda x: backend.grouped_matmul(x, (gate, up), sizes, False, jax.nn.silu, CHIP, True), x)
+    wide = (float64(w.values) * float64(w.scales)[:, None] for w in (gate, up))
+    for got, want in zip((y, *back(dy)), exact_gated(x, *wide, [20, 0, 33], dy)[:2], strict=True):
         assert np.abs(float64(got) - want).max() <= 1e-5 * np.abs(want).max()
 
 
@@ -141,13 +208,14 @@ def test_half_a_product_is_at_most_a_quarter_of_the_average_group(average):
 
 def test_what_it_refuses(monkeypatch):
     x, w, sizes = jnp.zeros((4, 3)), jnp.zeros((2, 3, 5)), jnp.array([2, 2])
-    assert backend.refusal(x, w, sizes, False) == "it is for TPUs, not for cpu"
+    small = QuantizedMatrices(w.astype(jnp.int8), jnp.ones(()))
+    assert backend.refusal(x, (w,), sizes, False, None) == "it is for TPUs, not for cpu"
     monkeypatch.setattr(backend, "target", lambda: "tpu")
     monkeypatch.setattr(tiles, "this_chip", lambda: CHIP)
-    assert backend.refusal(x, w, sizes, False) is None
-    assert backend.refusal(x, QuantizedMatrices(w.astype(jnp.int8), jnp.ones(())), sizes, False) is None
-    assert "found float16" in backend.refusal(x.astype(jnp.float16), w, sizes, False)
-    assert "or quantized, found int8" in backend.refusal(x, w.astype(jnp.int8), sizes, False)
-    assert "found x (0, 3)" in backend.refusal(x[:0], w, sizes, False)
+    assert backend.refusal(x, (w,), sizes, False, None) is None
+    assert backend.refusal(x, (small,), sizes, False, None) is None
+    assert "found float16" in backend.refusal(x.astype(jnp.float16), (w,), sizes, False, None)
+    assert "or quantized, found int8" in backend.refusal(x, (w.astype(jnp.int8),), sizes, False, None)
+    assert "found x (0, 3)" in backend.refusal(x[:0], (w,), sizes, False, None)
     wide = jax.ShapeDtypeStruct((2, 10**6, 5), jnp.float32)
-    assert "more memory" in backend.refusal(jax.ShapeDtypeStruct((4, 10**6), jnp.float32), wide, sizes, False)
+    assert "more memory" in backend.refusal(jax.ShapeDtypeStruct((4, 10**6), jnp.float32), (wide,), sizes, False, None)

@@ -174,11 +174,33 @@ def test_sigmoid_routers_choose_by_score_and_bias_and_weigh_by_score():
     np.testing.assert_allclose(routes.weights, expected, rtol=1e-5)
 
 
+def test_a_tokens_experts_are_of_its_best_groups():
+    """DeepSeek-V3's choice, by hand: three of three pairs of experts would often be chosen, two may."""
+    grouped = dict(num_experts=6, num_experts_per_tok=3, n_group=3, topk_group=2)
+    module = layer(scoring_func="sigmoid", routed_scaling_factor=2.5, **grouped)
+    x, bias = tokens(2, 40), np.array([0.1, -0.2, 0.0, 0.3, 0.0, -0.1])
+    module.e_score_correction_bias.set_value(jnp.asarray(bias, jnp.float32))
+    scores = 1 / (1 + np.exp(-np.asarray(module.gate(x.reshape(80, 12)), np.float64)))
+    ranked = scores + bias
+    worst = np.argmin(ranked.reshape(80, 3, 2).sum(axis=2), axis=1)
+    experts = np.argsort(-np.where(np.arange(6) // 2 == worst[:, None], -np.inf, ranked), axis=1)[:, :3]
+    assert np.any(np.sort(experts) != np.sort(np.argsort(-ranked, axis=1)[:, :3])), "groups change the choice"
+    weights = np.take_along_axis(scores, experts, axis=1)
+    weights = jnp.asarray(2.5 * weights / weights.sum(axis=1, keepdims=True), jnp.float32)
+    expected = dense(x.reshape(80, 12), jnp.asarray(experts), weights, *of(module.experts))
+    out, routing = module(x, jnp.ones((2, 40), bool))
+    np.testing.assert_allclose(out.reshape(80, 12), expected, atol=1e-5)
+    np.testing.assert_array_equal(routing.load, np.bincount(experts.reshape(-1), minlength=6))
+
+
 @pytest.mark.parametrize(
     "mixture, message",
     [
         (dict(num_experts_per_tok=6), "num_experts_per_tok=6 is more than num_experts=5"),
         (dict(router_bias_update_rate=0.001), "set scoring_func to sigmoid"),
+        (dict(n_group=2), "num_experts=5 must be a multiple of n_group"),
+        (dict(n_group=5, topk_group=6), "topk_group=6 of n_group=5"),
+        (dict(n_group=5), "num_experts_per_tok=2 is more than the 1 experts of topk_group=1 of n_group=5"),
         (dict(mlp_only_layers=(0,)), "none of the 1 layers is one"),
     ],
 )

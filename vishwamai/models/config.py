@@ -103,6 +103,8 @@ class MixtureConfig(Config):
     mlp_only_layers: tuple[int, ...] = Field((), description="numbers of further layers that are dense")
     scoring_func: Scoring = Field(Scoring.SOFTMAX, description="softmax or sigmoid")
     norm_topk_prob: bool = Field(True, description="weights of the chosen experts sum to 1")
+    n_group: int = Field(1, gt=0, description="groups of equally many neighbouring experts (DeepSeek-V3)")
+    topk_group: int = Field(1, gt=0, description="groups that a token's experts may be of, those with the best two")
     routed_scaling_factor: float = Field(1.0, gt=0, description="factor of the weights")
     router_aux_loss_coef: float = Field(0.001, ge=0, description="weight of the load-balance loss")
     aux_loss_scope: BalanceScope = Field(BalanceScope.LAYER, description="layer or model: see training.routing")
@@ -121,6 +123,16 @@ class MixtureConfig(Config):
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(
                 f"num_experts_per_tok={self.num_experts_per_tok} is more than num_experts={self.num_experts}"
+            )
+        if self.num_experts % self.n_group or self.topk_group > self.n_group:
+            raise ValueError(
+                f"topk_group={self.topk_group} of n_group={self.n_group}: num_experts={self.num_experts} must be a "
+                "multiple of n_group, and topk_group at most n_group"
+            )
+        if (reach := self.topk_group * self.num_experts // self.n_group) < self.num_experts_per_tok:
+            raise ValueError(
+                f"num_experts_per_tok={self.num_experts_per_tok} is more than the {reach} experts of "
+                f"topk_group={self.topk_group} of n_group={self.n_group}"
             )
         if self.router_bias_update_rate and not self.biased:
             raise ValueError("router_bias_update_rate balances sigmoid scores: set scoring_func to sigmoid, or it to 0")

@@ -1,6 +1,8 @@
 """Mixture of experts: a router sends each token to a few of many feed-forward blocks (Shazeer et al. 2017)."""
 
-from functools import partial
+from collections.abc import Callable
+from functools import partial, reduce
+from operator import add
 from typing import NamedTuple
 
 import jax
@@ -124,6 +126,8 @@ class MixtureOfExperts(nnx.Module):
             renormalise=mixture.norm_topk_prob,
             bias=bias,
             scale=mixture.routed_scaling_factor,
+            groups=mixture.n_group,
+            top_groups=mixture.topk_group,
             live=live,
         )
 
@@ -135,41 +139,41 @@ def dropless(
     matrices: Matrices,
     act: Activation,
 ) -> Float[Array, "T D"]:
-    """Every choice is honoured: sort by expert, one grouped product per matrix, unsort (Gale et al. 2022).
+    """Every choice is honoured: sort by expert, grouped products, unsort (Gale et al. 2022).
 
     A choice of expert E, which there is not, gives 0.
     """
-    (count, k), (gate, up, down) = experts.shape, matrices
-    order = jnp.argsort(experts.reshape(-1), stable=True)
-    place = jnp.argsort(order)  # where each choice stands when sorted
+    gate, up, down = matrices
+    order = jnp.argsort(experts.T.reshape(-1), stable=True)  # all first choices, then all second ones, ...
+    token, place = order % len(rows), jnp.argsort(order).reshape(experts.T.shape)  # place: of each choice when sorted
     sizes = jnp.sum(jax.nn.one_hot(experts, len(gate), dtype=jnp.int32), axis=(0, 1))
-    sorted_rows = repeated_rows(rows, order, place, k)
-    inner = ACTIVATIONS[act](grouped_matmul(sorted_rows, gate, sizes)) * grouped_matmul(sorted_rows, up, sizes)
-    found = permuted(grouped_matmul(inner, down, sizes), place, order).reshape(count, k, -1)
-    return jnp.einsum("tkd,tk->td", found, weights.astype(rows.dtype))
+    inner = grouped_matmul(repeated(rows, token, place), up, sizes, gate=gate, activation=ACTIVATIONS[act])
+    # Weighted here and not behind the last product: those rows are wider, and would be kept for the backward pass.
+    inner = (inner * permuted(weights.T.reshape(-1), order, place.reshape(-1))[:, None]).astype(inner.dtype)
+    return summed(grouped_matmul(inner, down, sizes), token, place)
 
 
-@jax.custom_vjp
-def permuted(x: Float[Array, "M D"], index: Int[Array, " M"], inverse: Int[Array, " M"]) -> Float[Array, "M D"]:
-    """x[index] of a permutation; its gradient is gathered too, which is much faster than to scatter it."""
+def _gathered(x, index, _):
     return x[index]
 
 
-permuted.defvjp(lambda x, index, inverse: (x[index], inverse), lambda inverse, dy: (dy[inverse], None, None))
+def _summed(x, _, place):
+    # One gather for each choice, and what they give added as a whole: on TPUs, a sum over an axis takes twice as long.
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    return reduce(add, (x[each].astype(wide) for each in place)).astype(x.dtype)
 
 
-def repeated_rows(x: Float[Array, "T D"], order: Int[Array, " M"], place: Int[Array, " M"], k: int):
-    """x[order // k] of a permutation of k copies of each row; the gradient sums the copies."""
+def _transposed(f: Callable, gradient: Callable) -> Callable:
+    """`f(x, index, other)`, whose gradient is `gradient(dy, index, other)`: gathered too, where XLA would scatter."""
+    g = jax.custom_vjp(f)
+    g.defvjp(lambda x, *index: (f(x, *index), index), lambda index, dy: (gradient(dy, *index), None, None))
+    return g
 
-    @jax.custom_vjp
-    def gather(x, order, place):
-        return x[order // k]
 
-    def backward(place, dy):
-        return dy[place].reshape(-1, k, dy.shape[-1]).sum(axis=1), None, None
-
-    gather.defvjp(lambda x, order, place: (x[order // k], place), backward)
-    return gather(x, order, place)
+# x[token], each token k times; the sum of each token's k rows, which are x[place]: each is the other's gradient.
+repeated, summed = _transposed(_gathered, _summed), _transposed(_summed, _gathered)
+# x[index] of a permutation.
+permuted = _transposed(_gathered, lambda dy, index, inverse: dy[inverse])
 
 
 def bounded(

@@ -58,29 +58,44 @@ def _part(width: int, others: int, chip: Chip) -> int:
     return next((part for part in parts if part * others <= UNROLLED), parts[-1] if parts else width)
 
 
-def for_products(rows, inner, width, groups, x_bytes, w_bytes, chip: Chip) -> Tiles | None:
-    """Tiles of x @ w, w whole if it can be: x is read once for each of its parts. None: nothing fits."""
+def for_products(
+    rows, inner, width, groups, x_bytes, w_bytes, chip: Chip, xs: int = 1, matrices: int = 1, outputs: int = 1
+) -> Tiles | None:
+    """Tiles of x @ w, w whole if it can be: x is read once for each of its parts. None: nothing fits.
+
+    Of as many x and w, side by side, and of as many results of them.
+    """
     tiles, product = _row_tiles(rows, groups, chip)
     for columns in _splits(width, chip, _fewest(width, chip)):
         for tile in tiles:
-            widened = inner * columns * x_bytes if w_bytes != x_bytes else 0
-            moved = 2 * (tile * inner * x_bytes + inner * columns * w_bytes + tile * columns * x_bytes)
-            if _fits(moved + widened + 2 * product * columns * 4, chip):
+            widened = matrices * inner * columns * x_bytes if w_bytes != x_bytes else 0
+            of_rows = (xs * inner + outputs * columns) * x_bytes
+            moved = 2 * (tile * of_rows + matrices * inner * columns * w_bytes)
+            if _fits(moved + widened + 2 * matrices * product * columns * 4, chip):
                 passes = 6 if x_bytes == 4 else 1  # float32 in pieces of bfloat16
-                return Tiles(tile, product, inner, columns, _part(columns, product * inner * passes, chip))
+                return Tiles(tile, product, inner, columns, _part(columns, product * inner * passes * matrices, chip))
     return None
 
 
-def for_outer(rows, left, right, groups, x_bytes, w_bytes, chip: Chip) -> Tiles | None:
-    """Tiles of a^T b, with the least to read: a is read once for each part of b and the other way round."""
+def for_outer(rows, left, right, groups, x_bytes, w_bytes, chip: Chip, lefts: int = 1, rights: int = 1) -> Tiles | None:
+    """Tiles of a^T b, with the least to read: a is read once for each part of b and the other way round.
+
+    Of as many a and b: one goes with all of the other.
+    """
     tiles, product = _row_tiles(rows, groups, chip)
+    count = max(lefts, rights)
     pairs = [(a, b) for a in _splits(left, chip, _fewest(left, chip)) for b in _splits(right, chip)]
-    for inner, columns in sorted(pairs, key=lambda p: -(-left // p[0]) * right + -(-right // p[1]) * left):
+
+    def read(pair):
+        return -(-left // pair[0]) * right * rights + -(-right // pair[1]) * left * lefts
+
+    for inner, columns in sorted(pairs, key=read):
         for tile in tiles:
-            moved = 2 * (tile * (inner + columns) * x_bytes + inner * columns * w_bytes)
-            if _fits(moved + 2 * inner * columns * 4, chip):
+            moved = 2 * (tile * (lefts * inner + rights * columns) * x_bytes + count * inner * columns * w_bytes)
+            if _fits(moved + (1 + count) * inner * columns * 4, chip):
                 passes = 6 if x_bytes == 4 else 1
-                return Tiles(tile, product, inner, columns, _part(inner, product * columns * passes, chip))
+                part = _part(inner, product * columns * passes * count, chip)
+                return Tiles(tile, product, inner, columns, part)
     return None
 
 
