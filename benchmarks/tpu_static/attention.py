@@ -112,7 +112,7 @@ class OurAttention:
     shape: Attention
     backward: bool
     name: ClassVar[str] = "ours"
-    modules: ClassVar[tuple[str, ...]] = ("kernels.attention",)
+    modules: ClassVar[tuple[str, ...]] = ("kernels.attention", "kernels.static_estimate.attention")
     distributions: ClassVar[tuple[str, ...]] = ("jax", "libtpu")
 
     def missing(self) -> None:

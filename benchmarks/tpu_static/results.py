@@ -12,7 +12,10 @@ from benchmarks.side_by_side import markdown
 from benchmarks.tpu_static.cases import Case
 from benchmarks.tpu_static.measure import Candidate, Measured
 
-COUNTING = ("kernels.static_estimate", "benchmarks.tpu_static.measure", "benchmarks.tpu_static.shapes")
+COUNTING = (
+    *(f"kernels.static_estimate.{name}" for name in ("bundles", "chips", "compiler", "estimate")),
+    *(f"benchmarks.tpu_static.{name}" for name in ("measure", "shapes")),
+)
 
 
 class Key(NamedTuple):

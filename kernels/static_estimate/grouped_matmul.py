@@ -1,11 +1,11 @@
 """How often the parts of our grouped products run: from the tiles and the visits that they themselves plan."""
 
-from math import prod
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
+from kernels.grouped_matmul.tpu import tiles, visits
 from kernels.static_estimate.compiler import Kernel
 from kernels.static_estimate.estimate import Geometry, grid_step
 
@@ -21,24 +21,20 @@ class Passes(NamedTuple):
     special: np.ndarray
 
 
-def of_products(low, high, product: int) -> Passes:
+def of_products(low, high, plan: tiles.Tiles) -> Passes:
     """low, high: where the group's rows begin and end in the tile, int `V`."""
-    from kernels.grouped_matmul.tpu.tiles import ALIGNMENT
-
-    length = np.maximum(high - low // ALIGNMENT * ALIGNMENT, 0)
-    whole = (length + product // 2 - 1) // product
-    return Passes(whole, (length > whole * product).astype(int))
+    length = np.maximum(high - low // tiles.ALIGNMENT * tiles.ALIGNMENT, 0)
+    whole = (length + plan.product // 2 - 1) // plan.product
+    return Passes(whole, (length > whole * plan.product).astype(int))
 
 
-def of_outer(low, high, rows: int, product: int) -> Passes:
-    """As `of_products`; rows: of the tile."""
-    from kernels.grouped_matmul.tpu.tiles import ALIGNMENT
-
-    begin = low // ALIGNMENT * ALIGNMENT
-    passes = -(-np.maximum(high - begin, 0) // product)
-    wanted = begin[:, None] + np.arange(max(passes.max(), 1)) * product
-    first = np.minimum(wanted, rows - product)
-    cut = (np.maximum(wanted, low[:, None]) != first) | (first + product > high[:, None])
+def of_outer(low, high, plan: tiles.Tiles) -> Passes:
+    """As `of_products`."""
+    begin = low // tiles.ALIGNMENT * tiles.ALIGNMENT
+    passes = -(-np.maximum(high - begin, 0) // plan.product)
+    wanted = begin[:, None] + np.arange(max(passes.max(), 1)) * plan.product
+    first = np.minimum(wanted, plan.rows - plan.product)
+    cut = (np.maximum(wanted, low[:, None]) != first) | (first + plan.product > high[:, None])
     return Passes(passes, (cut & (np.arange(cut.shape[1]) < passes[:, None])).sum(axis=1))
 
 
@@ -50,42 +46,33 @@ def grouped_matmul_geometry(kernel: Kernel, x, w, group_sizes: np.ndarray, gradi
 
     Raises ValueError: the kernel was compiled in other blocks than its plan says.
     """
-    from kernels.grouped_matmul.tpu import tiles, visits
-
     (rows, inner), (groups, _, width) = x.shape, w.shape
-    sizes = groups, x.dtype.itemsize, w.dtype.itemsize, tiles.this_chip()
-    counts = jnp.asarray(group_sizes, jnp.int32)
-    outer = kernel.name == "grouped_matmul_outer"
-    if outer:
-        plan = tiles.for_outer(rows, inner, width, *sizes)
-        visited = visits.of_groups(counts, rows, plan.rows)
-        planned = (plan.rows, plan.inner), (plan.rows, plan.columns)
-        parts = -(-inner // plan.inner), -(-width // plan.columns)
-    else:
-        inner, width = (width, inner) if gradient else (inner, width)
-        plan = tiles.for_products(rows, inner, width, *sizes)
-        visited = visits.of_tiles(counts, rows, plan.rows)
-        block = (plan.columns, plan.inner) if gradient else (plan.inner, plan.columns)
-        planned = (plan.rows, plan.inner), (1, *block)
-        parts = 1, -(-width // plan.columns)
+    inner, width = (width, inner) if gradient else (inner, width)
+    sums = kernel.name == "grouped_matmul_outer"
+    choose, visit = (tiles.for_outer, visits.of_groups) if sums else (tiles.for_products, visits.of_tiles)
+    plan = choose(rows, inner, width, groups, x.dtype.itemsize, w.dtype.itemsize, tiles.this_chip())
+    matrix = (1, plan.columns, plan.inner) if gradient else (1, plan.inner, plan.columns)
+    planned = (plan.rows, plan.inner), (plan.rows, plan.columns) if sums else matrix
     if kernel.blocks[:2] != planned:
         raise ValueError(f"{kernel.name} reads blocks {kernel.blocks[:2]}, its plan says {planned}")
-    steps = np.arange(int(visited.count))
-    low, high = (np.asarray(x) for x in visits.own_rows(visited.tile, visited.group, visited.ends, steps, plan.rows))
-    read = rows * (inner * parts[1] + (width * parts[0] if outer else 0)) * x.dtype.itemsize
-    written = 0 if outer else rows * width * x.dtype.itemsize
-    moved = read + written + w.size * w.dtype.itemsize
-    passed = of_outer(low, high, plan.rows, plan.product) if outer else of_products(low, high, plan.product)
-    entered, special = int((passed.passes > 0).sum()), int(passed.special.sum())
+
+    count, tile, group, ends = visit(jnp.asarray(group_sizes, jnp.int32), rows, plan.rows)
+    steps = np.arange(int(count))
+    low, high = (np.asarray(x) for x in visits.own_rows(tile, group, ends, steps, plan.rows))
+    passes, special = of_outer(low, high, plan) if sums else of_products(low, high, plan)
+    left, right = -(-inner // plan.inner), -(-width // plan.columns)  # parts of the matrices, each with all visits
     # Some chips' compiler asks first whether the loop over passes runs at all.
-    asks = len(grid_step(kernel.bundles).bodies) > (0 if outer else 1)
-    times, trips = prod(parts), passed.passes.sum() / max(entered if asks else len(steps), 1)
-    bodies = (times * entered,) if asks else ()
-    written_out = (plan.inner if outer else plan.columns) // plan.part
-    inside = () if written_out == 1 else (written_out, written_out)
-    common = dict(steps=times * len(steps), trips=(trips, *inside), hbm_bytes=moved)
-    if outer:
-        share = special / max(passed.passes.sum(), 1)
-        return Geometry(bodies, rows=(times * groups,), shares=(1 - share, share), **common)
-    opened = len(np.unique(np.asarray(visited.tile)[: len(steps)]))
-    return Geometry((*bodies, times * special), rows=(times * opened,), **common)
+    asks = len(grid_step(kernel.bundles).bodies) > (0 if sums else 1)
+    entered = int((passes > 0).sum())
+    loops = (plan.inner if sums else plan.columns) // plan.part
+    common = dict(
+        steps=left * right * len(steps),
+        trips=(passes.sum() / max(entered if asks else len(steps), 1), *((loops, loops) if loops > 1 else ())),
+        hbm_bytes=rows * (inner * right + width * left) * x.dtype.itemsize + w.size * w.dtype.itemsize,
+    )
+    bodies = (left * right * entered,) if asks else ()
+    if sums:
+        share = special.sum() / max(passes.sum(), 1)
+        return Geometry(bodies, rows=(left * right * groups,), shares=(1 - share, share), **common)
+    opened = len(np.unique(np.asarray(tile)[: len(steps)]))
+    return Geometry((*bodies, right * int(special.sum())), rows=(right * opened,), **common)
