@@ -135,7 +135,13 @@ def target():
 
 
 def _pallas_calls(jaxpr) -> Iterator[dict[str, Any]]:
-    for equation in jaxpr.eqns:
+    """Of those calls whose results are read: XLA leaves the others out (a forward whose gradient alone is wanted)."""
+    read, live = set(map(id, jaxpr.outvars)), []
+    for equation in reversed(jaxpr.eqns):
+        if equation.effects or read & set(map(id, equation.outvars)):
+            read |= set(map(id, equation.invars))
+            live.append(equation)
+    for equation in reversed(live):
         if equation.primitive.name == "pallas_call":
             yield equation.params
         for inner in jaxprs_in_params(equation.params):

@@ -7,6 +7,9 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from benchmarks.tpu_static.decode import OurDecode
+from benchmarks.tpu_static.experts import PRODUCTS, OurExperts, grouped_settings
+from benchmarks.tpu_static.measure import measure
 from benchmarks.tpu_static.shapes import Attention, Decode, Experts
 from kernels.static_estimate import CompileError, Geometry, chip_process, compile_program, estimate
 from kernels.static_estimate.estimate import grid_step
@@ -70,6 +73,34 @@ def test_a_compiled_product_has_the_counts_known_by_hand(chip, side):
     peak = {"v5e": 197e12, "v6e": 918e12}[chip]
     assert found.floor_milliseconds == pytest.approx(1e3 * 2 * SIZE**3 / peak, rel=0.02)
     assert found.floor_milliseconds < found.milliseconds < 10 * found.floor_milliseconds
+
+
+SMALL = Experts(E=4, rows_per_expert=128, D=256, F=128, spread=0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("product", PRODUCTS)
+def test_small_experts_are_measured_by_whoever_is_here(product):
+    """The program, its kernel and its geometry belong together: also where a gradient leaves the forward out."""
+    pytest.importorskip("libtpu")
+    here = [one for one in (OurExperts(SMALL, product), *grouped_settings(SMALL, product)) if not one.missing()]
+    assert len(here) > 2
+    with chip_process("v5e") as process:
+        for candidate in here:
+            found = process.submit(measure, candidate, "v5e", 300).result()
+            least = 1e3 * 2 * SMALL.M * SMALL.D * SMALL.F / 197e12
+            assert least < found.floor_milliseconds <= found.cycle_milliseconds < 100 * least, candidate.name
+            assert len(found.by_kernel) == 1 and found.memory_milliseconds > 0
+
+
+@pytest.mark.slow
+def test_decoding_is_measured_and_bound_by_its_cache():
+    pytest.importorskip("libtpu")
+    shape = Decode(B=2, N=4, K=2, length=4096, H=128)
+    with chip_process("tpu7x") as process:
+        found = process.submit(measure, OurDecode(shape), "tpu7x", 300).result()
+    assert found.memory_milliseconds == pytest.approx(1e3 * 2 * 2 * 2 * 4096 * 128 * 2 / 3.69e12)
+    assert 0 < found.floor_milliseconds < found.cycle_milliseconds
 
 
 def brute_force(shape: Attention) -> np.ndarray:

@@ -3,6 +3,8 @@
 from collections import Counter
 from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
 
@@ -260,6 +262,21 @@ def test_a_compiled_kernel_finds_its_call_by_name(tmp_path, monkeypatch):
         compiler._kernel("other.1", "", calls)
     unnamed = compiler._kernel("toy.1", "", [call(None, 7), call("other", 2)])
     assert (unnamed.name, unnamed.grid) == ("toy.1", (7,))
+
+
+def test_calls_whose_results_nobody_reads_are_no_kernels_of_the_program():
+    def copied(x, name):
+        def body(a, out):
+            out[...] = a[...]
+
+        return pl.pallas_call(body, out_shape=x, name=name)(x)
+
+    def program(x):
+        copied(x, "dead")
+        return copied(jax.jit(lambda y: copied(y, "inner"))(x), "outer")
+
+    jaxpr = jax.make_jaxpr(program)(jnp.ones((8, 128))).jaxpr
+    assert [call["name"] for call in compiler._pallas_calls(jaxpr)] == ["inner", "outer"]
 
 
 def test_an_unknown_chip_and_a_process_that_is_no_chip_s():
