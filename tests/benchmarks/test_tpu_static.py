@@ -80,13 +80,12 @@ SMALL = Experts(E=4, rows_per_expert=128, D=256, F=128, spread=0.5)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("product", PRODUCTS)
-def test_small_experts_are_measured_by_whoever_is_here(product):
+def test_small_experts_are_measured(product):
     """The program, its kernel and its geometry belong together: also where a gradient leaves the forward out."""
     pytest.importorskip("libtpu")
-    here = [one for one in (OurExperts(SMALL, product), *grouped_settings(SMALL, product)) if not one.missing()]
-    assert len(here) > 2
+    jax_s_own = [one for one in grouped_settings(SMALL, product) if one.package != "tokamax"]
     with chip_process("v5e") as process:
-        for candidate in here:
+        for candidate in (OurExperts(SMALL, product), *jax_s_own):
             found = process.submit(measure, candidate, "v5e", 300).result()
             least = 1e3 * 2 * SMALL.M * SMALL.D * SMALL.F / 197e12
             assert least < found.floor_milliseconds <= found.cycle_milliseconds < 100 * least, candidate.name
