@@ -1,6 +1,6 @@
 """Our TPU kernels beside the public ones on TPUs that are not here: compiled for each chip, their bundles counted.
 
-    python -m benchmarks.tpu_static --results static.jsonl                 # everything: hours on 2 cores
+    python -m benchmarks.tpu_static --results static.jsonl                 # everything: one to two hours on 2 cores
     python -m benchmarks.tpu_static --results static.jsonl --chips v5e tpu7x --cases '^(qwen3|siglip).*forward'
 
 What is in the file of results already is not measured again, unless kernels, counting or versions have changed: the
