@@ -1,34 +1,31 @@
 """Attention on the CPU beside PyTorch's: forward and backward, one process, float32, in turns.
 
-    python benchmarks/attention_cpu.py           # about 5 minutes on 2 cores
+    python -m benchmarks.attention_cpu           # about 5 minutes on 2 cores; prints Markdown
+
+    | forward + backward | ours, ms | PyTorch, ms | ratio |
+    |---|---|---|---|
+    | Qwen3, causal | 564 (541-610) | 494 (480-530) | 0.88 (0.64-0.91) |
 
 Ours is the blocked XLA backend that "auto" takes there, theirs `scaled_dot_product_attention`; key heads that are fewer
-than the query heads are repeated for it, or left to its `enable_gqa`, whichever is faster. Needs the `torch` extra. A
-machine that does other work at the time tells nothing: look at the spread.
+than the query heads are repeated for it, or left to its `enable_gqa`, whichever is faster. Shown are medians and ranges
+of the turns, and of the ratio in a turn, above 1 where ours is faster. Needs the `torch` extra. A machine that does
+other work at the time tells nothing: look at the spread.
 """
 
-import argparse
-import os
-import statistics
-import time
 from collections.abc import Callable
 from typing import NamedTuple
 
+from benchmarks.side_by_side import cpu_parser, in_turns, markdown, only_cores, seconds, spread
+
 # ------------------------------------------------------------------ what runs where; before JAX and PyTorch start
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--cores", type=int, default=2, help="CPU cores that both may use (default: %(default)s)")
-parser.add_argument("--rounds", type=int, default=7, help="turns of each (default: %(default)s)")
+parser = cpu_parser(__doc__, rounds=7)
 parser.add_argument("--cases", default="", help="only those whose names hold this")
 options = parser.parse_args()
-os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
-os.environ["JAX_PLATFORMS"] = "cpu"
+only_cores(options.cores)
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from rich.box import SIMPLE_HEAD  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
 
 from kernels import Mask, attention  # noqa: E402
 
@@ -48,25 +45,19 @@ CASES = {
     "heads of 64, causal": Case((1, 2048, 16, 4, 64), True),
 }
 SAME = 1e-4  # by how much the gradients may differ, of the largest value
-PAUSE = 0.5  # seconds between turns: PyTorch's threads spin for a while after theirs
 
 Run = Callable[[], list[np.ndarray]]
 
 
 def main() -> None:
     torch.set_num_threads(options.cores)
-    versions = f"jax {jax.__version__}, torch {torch.__version__}"
-    table = Table(title=f"milliseconds, {options.cores} cores; {versions}", title_style="", box=SIMPLE_HEAD)
-    for column in ("forward + backward", "ours", "PyTorch", "ratio", "lowest", "highest"):
-        table.add_column(column, justify="left" if column.startswith("forward") else "right")
-    for name, case in CASES.items():
-        if options.cases in name:
-            table.add_row(name, *row(case))
-    Console(width=100).print(table)
+    print(f"{options.cores} cores, medians of {options.rounds}; jax {jax.__version__}, torch {torch.__version__}\n")
+    rows = [(name, *row(case)) for name, case in CASES.items() if options.cases in name]
+    print(markdown(("forward + backward", "ours, ms", "PyTorch, ms", "ratio"), rows))
 
 
-def row(case: Case) -> list[str]:
-    """Medians of both and of their ratio in a turn, above 1 where ours is faster."""
+def row(case: Case) -> tuple[str, ...]:
+    """Of both and of their ratio in a turn."""
     rows, length, heads, kv_heads, width = case.shape
     rng = np.random.default_rng(0)
     shapes = (rows, length, heads, width), *[(rows, length, kv_heads, width)] * 2, (rows, length, heads, width)
@@ -74,19 +65,11 @@ def row(case: Case) -> list[str]:
     ours, theirs = run_ours(arrays, case), run_theirs(arrays, case)
     for mine, other in zip(ours(), theirs(), strict=True):  # compiles, too
         error = np.abs(mine - other).max() / np.abs(other).max()
-        if error > SAME:
+        if not error <= SAME:
             raise SystemExit(f"the results differ by {error:.1e}: this is not the same attention")
-    turns = [(rested(ours), rested(theirs)) for _ in range(options.rounds)]
-    ratios = [other / mine for mine, other in turns]
-    medians = [f"{1000 * statistics.median(own):.0f}" for own in zip(*turns, strict=True)]
-    return [*medians, *(f"{f(ratios):.2f}" for f in (statistics.median, min, max))]
-
-
-def rested(run: Run) -> float:
-    time.sleep(PAUSE)
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
+    times = in_turns(ours, theirs, options.rounds)
+    ratios = [other / mine for mine, other in zip(*times, strict=True)]
+    return *(spread([1000 * x for x in own], digits=0) for own in times), spread(ratios)
 
 
 def run_ours(arrays: list[np.ndarray], case: Case) -> Run:
@@ -117,7 +100,7 @@ def run_theirs(arrays: list[np.ndarray], case: Case) -> Run:
     forms = [run, lambda: run(enable_gqa=True)]
     for form in forms:
         form()
-    return min(forms, key=rested)
+    return min(forms, key=seconds)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,12 @@
 """Loading a checkpoint on the CPU beside Transformers: time and memory, each load in a process of its own, in turns.
 
-    python benchmarks/load_cpu.py            # about 6 minutes on 2 cores
+    python -m benchmarks.load_cpu            # about 6 minutes on 2 cores; prints Markdown
+
+    | 1.99 GB of float32 in the system's cache, 2 cores | load, s | whole process, s | memory / file |
+    |---|---|---|---|
+    | ours | 2.58 (2.41-2.77) | 4.54 | 1.01 |
+    | Transformers | 0.24 (0.23-0.24) | 6.76 | 1.01 |
+    | ratio | 10.75 | 0.67 | 1.00 |
 
 The checkpoint is a Qwen3 of 2 GB with random weights, written by Transformers as safetensors into a temporary folder,
 once in the system's cache and once not. A load lasts from the folder's name until every weight has been read once:
@@ -9,7 +15,6 @@ and the imports in it. Memory is the largest resident size of the process less t
 included. Needs the `torch` extra. A machine that does other work at the time tells nothing: look at the spread.
 """
 
-import argparse
 import json
 import os
 import statistics
@@ -20,18 +25,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-# ------------------------------------------------------------------ what runs where; before JAX and PyTorch start
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--cores", type=int, default=2, help="CPU cores that both may use (default: %(default)s)")
+from benchmarks.side_by_side import cpu_parser, markdown, only_cores, spread
+
+parser = cpu_parser(__doc__, rounds=3, turn="loads of each, in turns")
 parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], help="of file and model (default: both)")
 parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the checkpoint (default: %(default)s)")
-parser.add_argument("--repeats", type=int, default=3, help="loads of each, in turns (default: %(default)s)")
 options = parser.parse_args()
-os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
-
-from rich.box import SIMPLE_HEAD  # noqa: E402
-from rich.console import Console  # noqa: E402
-from rich.table import Table  # noqa: E402
+only_cores(options.cores)
 
 SIZES = dict(
     vocab_size=32_000,
@@ -108,7 +108,7 @@ def main() -> None:
                 measure(code, folder, dtype)  # modules get compiled
             for cached in (True, False):
                 found = {name: [] for name in codes}
-                for _ in range(options.repeats):
+                for _ in range(options.rounds):
                     for name, code in codes.items():
                         if not cached:
                             evict(folder)
@@ -136,7 +136,7 @@ def evict(folder: str) -> None:
 
 def measure(code: str, folder: str, dtype: str) -> Load:
     command = [sys.executable, "-c", code, folder, dtype]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": str(options.cores)}
+    environment = os.environ | {"OMP_NUM_THREADS": str(options.cores)}
     start = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
@@ -146,20 +146,15 @@ def measure(code: str, folder: str, dtype: str) -> Load:
 
 
 def report(found: dict[str, list[Load]], title: str, size: int) -> None:
-    table = Table(title=title, title_style="", box=SIMPLE_HEAD)
-    for column in ("", "load, s", "lowest", "highest", "whole process, s", "memory / file"):
-        table.add_column(column, justify="right")
-    lines = []
-    for loads in found.values():
-        seconds = [load.seconds for load in loads]
+    rows, medians = [], []
+    for name, loads in found.items():
         process = statistics.median(load.process for load in loads)
-        lines.append(
-            [statistics.median(seconds), min(seconds), max(seconds), process, max(x.memory for x in loads) / size]
-        )
-    lines.append([mine / other for mine, other in zip(*lines, strict=True)])
-    for name, line in zip((*found, "ratio"), lines, strict=True):
-        table.add_row(name, *(f"{number:.2f}" for number in line))
-    Console(width=90).print(table)
+        memory = max(load.memory for load in loads) / size
+        seconds = [load.seconds for load in loads]
+        medians.append((statistics.median(seconds), process, memory))
+        rows.append((name, spread(seconds), f"{process:.2f}", f"{memory:.2f}"))
+    rows.append(("ratio", *(f"{mine / other:.2f}" for mine, other in zip(*medians, strict=True))))
+    print(markdown((title, "load, s", "whole process, s", "memory / file"), rows), end="\n\n", flush=True)
 
 
 if __name__ == "__main__":

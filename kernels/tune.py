@@ -5,7 +5,10 @@
 
 With `--chip` the figure is the static estimate of that kernel alone (`kernels.static_estimate`; needs libtpu, no TPU);
 without, the whole program is timed on the TPU that is here. What wins goes into the table of
-`kernels/attention/tpu/tuning.py`, under its chip. Differences under a tenth of a static estimate mean nothing.
+`kernels/attention/tpu/tuning.py`, under its chip. Differences under a tenth of a static estimate mean nothing. Each
+candidate takes the compiler ten seconds to minutes: name few of each side.
+
+A shape needs no tuning to run: it takes the table's sizes for its kind of mask, in blocks cut evenly to its length.
 """
 
 import argparse

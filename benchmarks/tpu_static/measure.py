@@ -1,5 +1,7 @@
 """One candidate on one chip: compiled, its kernels estimated, summed."""
 
+import importlib
+import signal
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
@@ -10,6 +12,8 @@ class Candidate(Protocol):
     """One way to compute a case; made here, compiled in a chip's process, so that it must pickle."""
 
     name: str
+    modules: tuple[str, ...]  # whose sources decide what it measures, beside the one that it is written in
+    distributions: tuple[str, ...]  # whose versions do
 
     def missing(self) -> str | None:
         """Why it can't be compiled here; None where it can."""
@@ -35,11 +39,28 @@ class Measured(NamedTuple):
     by_kernel: tuple[tuple[str, float], ...]
 
 
-def measure(candidate: Candidate, chip: str) -> Measured:
-    """Runs in the process that `chip_process(chip)` gave.
+def without(package: str) -> str | None:
+    """Why it can't be had here; None where it can."""
+    try:
+        importlib.import_module(package)
+    except ImportError as error:
+        return f"{package} can't be imported ({error})"
+    return None
+
+
+def measure(candidate: Candidate, chip: str, seconds: int) -> Measured:
+    """Runs in the process that `chip_process(chip)` gave; after so many seconds the system ends that process.
 
     Raises CompileError (too much VMEM, for instance), ValueError: a geometry that does not describe the kernels.
     """
+    signal.alarm(seconds)  # nothing else reaches a compiler that does not come back
+    try:
+        return _measure(candidate, chip)
+    finally:
+        signal.alarm(0)
+
+
+def _measure(candidate: Candidate, chip: str) -> Measured:
     program = compile_program(*candidate.program())
     names = [kernel.name for kernel in program.kernels]
     with target():

@@ -1,6 +1,6 @@
 """Which problems are compared, and how many blocks of each kind a kernel meets in them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -99,15 +99,10 @@ class Experts:
         starts = ends - self.group_sizes()
         return int((-(-ends // tile) - starts // tile)[ends > starts].sum())
 
-    def rows_of_visits(self, tile: int, alignment: int) -> np.ndarray:
-        """For each such pair, from the expert's first row in the tile, rounded down to the alignment, to its last."""
-        ends = np.cumsum(self.group_sizes())
-        pairs = [
-            (max(start, at), min(end, at + tile))
-            for start, end in zip(ends - self.group_sizes(), ends, strict=True)
-            for at in range(start // tile * tile, end, tile)
-        ]
-        return np.array([end - start // alignment * alignment for start, end in pairs if end > start])
+    @property
+    def turned(self) -> "Experts":
+        """What the rows' gradient multiplies: rows of F by matrices F x D."""
+        return replace(self, D=self.F, F=self.D)
 
     def geometry(self, tile_m: int, tile_k: int, tile_n: int) -> Geometry:
         """Of a kernel that multiplies each visited tile, and reads an expert's matrix once if it takes all of D."""
@@ -116,8 +111,39 @@ class Experts:
         read = self.M * self.D * outer + (self.E if inner == 1 else self.visits(tile_m)) * self.D * self.F
         return Geometry(rows=(visits,), steps=visits * inner, hbm_bytes=2 * (read + self.M * self.F))
 
+    def outer_geometry(self, tile_m: int, tile_k: int, tile_n: int) -> Geometry:
+        """Of a kernel that sums each expert's D x F gradient over its tiles, tile_k x tile_n of it at a time."""
+        inner, outer = -(-self.D // tile_k), -(-self.F // tile_n)
+        visits = self.visits(tile_m) * inner * outer
+        moved = self.M * (self.D * outer + self.F * inner) + self.E * self.D * self.F
+        return Geometry((visits,), rows=(self.E * inner * outer,), steps=visits, hbm_bytes=2 * moved)
 
-EXPERTS = {
-    "experts-512": Experts(E=128, rows_per_expert=512, D=2048, F=768, spread=0.2),
-    "experts-512-equal": Experts(E=128, rows_per_expert=512, D=2048, F=768, spread=0.0),
+
+EXPERTS = {"experts-512": Experts(E=128, rows_per_expert=512, D=2048, F=768, spread=0.2)}
+
+
+@dataclass(frozen=True)
+class Decode:
+    """One new token for each of B rows against `length` cached ones; N query heads, K key heads of H.
+
+    cache: its type, "bfloat16", or "int8" with a float32 scale for each vector.
+    """
+
+    B: int
+    N: int
+    K: int
+    length: int
+    H: int
+    cache: str = "bfloat16"
+
+    @property
+    def hbm_bytes(self) -> int:
+        """Of the cache, read once: what bounds any kernel."""
+        return 2 * self.B * self.K * self.length * (self.H + 4 if self.cache == "int8" else 2 * self.H)
+
+
+DECODE = {
+    "decode-32k": Decode(B=8, N=16, K=8, length=32768, H=128),
+    "decode-32k-int8": Decode(B=8, N=16, K=8, length=32768, H=128, cache="int8"),
+    "decode-4k": Decode(B=64, N=16, K=8, length=4096, H=128),
 }

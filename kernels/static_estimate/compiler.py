@@ -135,7 +135,13 @@ def target():
 
 
 def _pallas_calls(jaxpr) -> Iterator[dict[str, Any]]:
-    for equation in jaxpr.eqns:
+    """Of those calls whose results are read: XLA leaves the others out (a forward whose gradient alone is wanted)."""
+    read, live = set(map(id, jaxpr.outvars)), []
+    for equation in reversed(jaxpr.eqns):
+        if equation.effects or read & set(map(id, equation.outvars)):
+            read |= set(map(id, equation.invars))
+            live.append(equation)
+    for equation in reversed(live):
         if equation.primitive.name == "pallas_call":
             yield equation.params
         for inner in jaxprs_in_params(equation.params):
@@ -143,7 +149,8 @@ def _pallas_calls(jaxpr) -> Iterator[dict[str, Any]]:
 
 
 def _kernel(name: str, hlo: str, calls: list[dict[str, Any]]) -> Kernel:
-    """The HLO instruction `name` holds its call's name (`jvp_NAME_.1`); of equal ones the first not taken is meant."""
+    """The HLO instruction `name` holds its call's name (`jvp_NAME_.1`), if its author gave one; of equal ones the first
+    not taken is meant."""
     written = re.compile(rf"\d+-{re.escape(name)}-\d+-final_bundles\.txt")
     paths = [path for path in Path(_dump.name).iterdir() if written.fullmatch(path.name)]
     if len(paths) != 1:
@@ -152,15 +159,16 @@ def _kernel(name: str, hlo: str, calls: list[dict[str, Any]]) -> Kernel:
         bundles = parse(lines)
     attributes = ATTRIBUTES.search(hlo)
     attributes = dict(re.findall(r'(\w+)="([^"]*)"', attributes.group(1))) if attributes else {}
-    named = [call for call in calls if call["name"] in name]
+    named = [call for call in calls if call["name"] and call["name"] in name]
+    named = named or [call for call in calls if not call["name"]]
     if not named:
         return Kernel(name, None, bundles, (), attributes)
-    call = max(named, key=lambda call: len(call["name"]))  # the first of the longest
+    call = max(named, key=lambda call: len(call["name"] or ""))  # the first of the longest
     calls.remove(call)
     mapping = call["grid_mapping"]
     grid = tuple(side if isinstance(side, int) else None for side in mapping.grid)
     blocks = tuple(_sizes(block.block_shape) for block in mapping.block_mappings)
-    return Kernel(call["name"], grid, bundles, blocks, attributes)
+    return Kernel(call["name"] or name, grid, bundles, blocks, attributes)
 
 
 def _sizes(block_shape) -> tuple[int, ...]:

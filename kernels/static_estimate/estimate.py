@@ -24,6 +24,8 @@ class Geometry:
             that follow, as the compiler may add some that write back.
         steps: steps of the grid; None takes the grid's own size, which must then be static.
         trips: passes of each loop inside a step.
+        shares: for each conditional part that multiplies inside a loop or a body, in how many of the passes through
+            that it runs (0 to 1); none given: in all.
         hbm_bytes: read from and written to HBM; 0 leaves the memory bound out.
     """
 
@@ -31,6 +33,7 @@ class Geometry:
     rows: tuple[int, ...] = (0,)
     steps: int | None = None
     trips: tuple[float, ...] = ()
+    shares: tuple[float, ...] = ()
     hbm_bytes: int = 0
 
 
@@ -89,11 +92,11 @@ def _outermost_loops(part: Part) -> Iterator[Part]:
 def estimate(kernel: Kernel, geometry: Geometry, chip: str) -> Estimate:
     """cycles = steps · bundles of every step + Σ runs · max(bundles, matrix-unit floor) + rows · bundles of a row.
 
-    Branches inside a body count as taken. Not counted: waiting for DMA, conflicts of VMEM banks, XLA's own operations
-    around the kernel. Trust differences above a tenth between forms of one kernel on one chip, and nothing for steps
-    shorter than a microsecond.
+    Branches inside a body count as the geometry's shares say, or as taken. Not counted: waiting for DMA, conflicts of
+    VMEM banks, XLA's own operations around the kernel. Trust differences above a tenth between forms of one kernel on
+    one chip, and nothing for steps shorter than a microsecond.
 
-    Raises ValueError: the geometry does not describe this kernel (its steps, bodies or inner loops).
+    Raises ValueError: the geometry does not describe this kernel (its steps, bodies, inner loops or inner branches).
     """
     core, step = CHIPS[chip], grid_step(kernel.bundles)
     steps = geometry.steps
@@ -106,17 +109,21 @@ def estimate(kernel: Kernel, geometry: Geometry, chip: str) -> Estimate:
     further = len(step.rows) - len(geometry.rows)
     rows = geometry.rows + geometry.rows[-1:] * further if step.rows else ()
     rows = _for_each("other conditional parts", step.rows, rows, kernel.name)
-    inside = [part for top in (step.always, *step.bodies, *step.rows) for part in top.walk()]
-    loops = sorted((part for part in inside if part.kind == "loop" and part is not step.always), key=_start)
+    tops = step.always, *step.bodies, *step.rows
+    inside = sorted((part for top in tops for part in top.walk() if part is not top), key=_start)
+    loops = [part for part in inside if part.kind == "loop"]
     passes = _for_each("loops inside a step", loops, geometry.trips, kernel.name)
-    trips = {loop.start: count for loop, count in zip(loops, passes, strict=True)}
+    branches = [part for part in inside if part.kind == "branch" and part.all_matmuls] if geometry.shares else []
+    shares = _for_each("conditional parts that multiply inside others", branches, geometry.shares, kernel.name)
+    runs_of = {id(part): count for part, count in zip((*loops, *branches), (*passes, *shares), strict=True)}
 
     def cycles(part: Part) -> float:
-        inner = sum(cycles(inner) * trips.get(inner.start, 1) for inner in part.parts)
+        inner = sum(cycles(inner) * runs_of.get(id(inner), 1) for inner in part.parts)
         return max(part.bundles, core.matmul_floor(part.matmuls)) + inner
 
     def floor(part: Part) -> float:
-        return core.matmul_floor(part.matmuls) + sum(floor(inner) * trips.get(inner.start, 1) for inner in part.parts)
+        inner = sum(floor(inner) * runs_of.get(id(inner), 1) for inner in part.parts)
+        return core.matmul_floor(part.matmuls) + inner
 
     parts = list(zip((steps, *runs, *rows), (step.always, *step.bodies, *step.rows), strict=True))
     return Estimate(

@@ -1,7 +1,10 @@
 """The reader of bundles on lines written by hand, and the arithmetic of the estimate on the tree that comes of them."""
 
+from collections import Counter
 from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
 
@@ -188,6 +191,21 @@ def test_a_loop_inside_a_step_runs_as_often_as_the_geometry_says():
         estimate(inner, Geometry(), "v6e")
 
 
+def test_branches_inside_a_loop_run_as_often_as_their_shares_say():
+    branches = [Part("branch", at, at + 1, bundles=size, matmuls=Counter(bf16=5)) for at, size in ((3, 10), (5, 30))]
+    beside = Part("branch", 7, 8, bundles=7)  # multiplies nothing: counts as taken
+    inner = Part("loop", 2, 9, bundles=5, parts=[*branches, beside])
+    toy = Kernel("toy", (4,), Part("kernel", 0, 20, parts=[Part("loop", 1, 10, bundles=6, parts=[inner])]))
+    found = estimate(toy, Geometry(trips=(2.5,), shares=(0.75, 0.25)), "v5e")
+    floor = 5 * 16 / 4  # more than the first one's bundles
+    assert found.cycle_milliseconds == pytest.approx(4 * (6 + 2.5 * (5 + 7 + 0.75 * floor + 0.25 * 30)) / 1.5e6)
+    assert found.floor_milliseconds == pytest.approx(4 * 2.5 * floor / 1.5e6)
+    taken = estimate(toy, Geometry(trips=(2.5,)), "v5e")
+    assert taken.cycle_milliseconds == pytest.approx(4 * (6 + 2.5 * (5 + 7 + floor + 30)) / 1.5e6)
+    with pytest.raises(ValueError, match="has 2 conditional parts that multiply inside others .* gives 3 numbers"):
+        estimate(toy, Geometry(trips=(2.5,), shares=(0.5, 0.25, 0.25)), "v5e")
+
+
 EXIT = """\
    0x0   :  { %16 = sbr.rel (%p198_p0) target = $region4 }
    0x1   :  {}
@@ -242,6 +260,23 @@ def test_a_compiled_kernel_finds_its_call_by_name(tmp_path, monkeypatch):
     )
     with pytest.raises(CompileError, match="wrote 0 files of final bundles for the kernel other.1"):
         compiler._kernel("other.1", "", calls)
+    unnamed = compiler._kernel("toy.1", "", [call(None, 7), call("other", 2)])
+    assert (unnamed.name, unnamed.grid) == ("toy.1", (7,))
+
+
+def test_calls_whose_results_nobody_reads_are_no_kernels_of_the_program():
+    def copied(x, name):
+        def body(a, out):
+            out[...] = a[...]
+
+        return pl.pallas_call(body, out_shape=x, name=name)(x)
+
+    def program(x):
+        copied(x, "dead")
+        return copied(jax.jit(lambda y: copied(y, "inner"))(x), "outer")
+
+    jaxpr = jax.make_jaxpr(program)(jnp.ones((8, 128))).jaxpr
+    assert [call["name"] for call in compiler._pallas_calls(jaxpr)] == ["inner", "outer"]
 
 
 def test_an_unknown_chip_and_a_process_that_is_no_chip_s():

@@ -9,8 +9,8 @@ import pytest
 
 tuning = pytest.importorskip("kernels.attention.tpu.tuning", reason="attention has no backend for TPUs yet")
 
-from kernels import tune  # noqa: E402
-from kernels.static_estimate import chip_process  # noqa: E402
+from kernels import Mask, attention, tune  # noqa: E402
+from kernels.static_estimate import CHIPS, chip_process, compile_program  # noqa: E402
 
 SIZES = tuning.Sizes(256, 512, 128, 256, heads=1)
 
@@ -67,3 +67,46 @@ def test_an_estimate_lies_between_the_peak_and_ten_times_that(kernel):
     products = {"forward": 2, "backward": 5}[kernel]
     least = 1e3 * products * 2 * 2 * 1024**2 * 128 / 197e12
     assert least < found < 10 * least
+
+
+# Rows, T, heads, key heads, H and the values' width: none is in the table, none is a whole number of blocks.
+ODD = {
+    "heads of 256": (1, 5000, 6, 2, 256, 256),
+    "a short row": (3, 100, 4, 4, 64, 64),
+    "values narrower than keys": (1, 2500, 4, 4, 192, 128),
+    "five queries to a key head": (1, 1300, 5, 1, 80, 80),
+}
+
+
+def with_gradient(q, k, v):
+    return jax.value_and_grad(lambda q, k, v: attention(q, k, v, Mask(causal=True), backend="tpu").sum(), (0, 1, 2))(
+        q, k, v
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", CHIPS)
+def test_shapes_that_nobody_tuned_fit_every_chip(chip):
+    pytest.importorskip("libtpu")
+    with chip_process(chip) as process:
+        for batch, length, heads, kv_heads, width, v_width in ODD.values():
+            sizes = (heads, width), (kv_heads, width), (kv_heads, v_width)
+            arrays = [jax.ShapeDtypeStruct((batch, length, *size), jnp.bfloat16) for size in sizes]
+            program = process.submit(compile_program, with_gradient, arrays).result()
+            names = [kernel.name for kernel in program.kernels]
+            assert names[0] == "attention_forward" and set(names[1:]) == {"attention_backward"}
+
+
+def test_the_command_explains_itself(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["tune", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        tune.main()
+    assert ended.value.code == 0
+    assert "--chip" in capsys.readouterr().out
+
+
+def test_without_a_tpu_it_asks_for_a_chip(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["tune", "forward"])
+    with pytest.raises(SystemExit):
+        tune.main()
+    assert "there is no TPU here: say for which --chip to estimate" in capsys.readouterr().err

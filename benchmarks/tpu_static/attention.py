@@ -1,15 +1,19 @@
-"""The public TPU kernels, each in the settings that are known to serve it best."""
+"""Attention: JAX's and tokamax's splash kernels in the settings that are known to serve them best, and ours."""
 
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from benchmarks.tpu_static.shapes import Attention, Experts
+import kernels
+from benchmarks.tpu_static.measure import without
+from benchmarks.tpu_static.shapes import Attention
 from kernels.static_estimate import Geometry, Kernel
+from kernels.static_estimate.attention import attention_geometry
 
 MODULES = {
     "jax": "jax.experimental.pallas.ops.tpu.splash_attention",
@@ -41,13 +45,18 @@ class Splash:
     backward: bool
     compute: int = 512
     lp_scheduler: bool = False
+    modules: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def distributions(self) -> tuple[str, ...]:
+        return "jax", "libtpu", *(("tokamax",) if self.package == "tokamax" else ())
 
     @property
     def name(self) -> str:
         return f"{self.package} splash {self.block}/{self.compute}{' lp' if self.lp_scheduler else ''}"
 
     def missing(self) -> str | None:
-        return _missing(self.package)
+        return without(self.package)
 
     @property
     def _padded(self) -> Attention:
@@ -97,68 +106,48 @@ class Splash:
 
 
 @dataclass(frozen=True)
-class RaggedDot:
-    """A grouped product by megablox (JAX's), tokamax's descendant of it, or XLA, which picks its tiles itself."""
+class OurAttention:
+    """`kernels.attention`, layout B T N H; what XLA does to lay that out for the kernels is not counted."""
 
-    package: str
-    shape: Experts
-    tiles: tuple[int, int, int] | None = None
+    shape: Attention
+    backward: bool
+    name: ClassVar[str] = "ours"
+    modules: ClassVar[tuple[str, ...]] = ("kernels.attention", "kernels.static_estimate.attention")
+    distributions: ClassVar[tuple[str, ...]] = ("jax", "libtpu")
 
-    @property
-    def name(self) -> str:
-        return f"{self.package} {'x'.join(map(str, self.tiles))}" if self.tiles else self.package
+    def missing(self) -> None:
+        return None
 
-    def missing(self) -> str | None:
-        return _missing("tokamax") if self.package == "tokamax" else None
+    def _arrays(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        shape = self.shape
+        q = jax.ShapeDtypeStruct((shape.B, shape.T, shape.N, shape.H), jnp.bfloat16)
+        return q, jax.ShapeDtypeStruct((shape.B, shape.T, shape.K, shape.H), jnp.bfloat16)
+
+    def _mask(self, segment_ids) -> kernels.Mask:
+        return kernels.Mask(causal=self.shape.causal, window=self.shape.window, q_segment_ids=segment_ids)
 
     def program(self) -> tuple[Callable, tuple[Any, ...]]:
-        shape = self.shape
-        x = jax.ShapeDtypeStruct((shape.M, shape.D), jnp.bfloat16)
-        w = jax.ShapeDtypeStruct((shape.E, shape.D, shape.F), jnp.bfloat16)
-        return self._multiply, (x, w, jax.ShapeDtypeStruct((shape.E,), jnp.int32))
+        def attend(q, k, v, *ids):
+            return kernels.attention(q, k, v, self._mask(*ids or (None,)), backend="tpu")
 
-    def _multiply(self, x, w, group_sizes):
-        if self.package == "lax.ragged_dot":
-            return jax.lax.ragged_dot(x, w, group_sizes, preferred_element_type=x.dtype)
-        if self.package == "megablox":
-            from jax.experimental.pallas.ops.tpu.megablox import gmm
+        (q, k), shape = self._arrays(), self.shape
+        ids = (jax.ShapeDtypeStruct((shape.B, shape.T), jnp.int32),) if shape.documents else ()
+        return gradient(attend, 3) if self.backward else attend, (q, k, k, *ids)
 
-            return gmm(x, w, group_sizes, x.dtype, self.tiles)
-        from tokamax._src.ops.ragged_dot.pallas_mosaic_tpu_kernel import gmm
-
-        precision = jax.lax.Precision.DEFAULT
-        return gmm(x, w, group_sizes, precision=precision, out_dtype=x.dtype, tiling=self.tiles)
-
-    def geometry(self, kernel: Kernel, number: int) -> Geometry | None:
-        if kernel.name == "ragged-dot-metadata":
-            return None
-        tiles = self.tiles or tuple(map(int, kernel.attributes["ragged_dot_tiling"].split(",")))
-        return self.shape.geometry(*tiles)
-
-
-def _missing(package: str) -> str | None:
-    try:
-        importlib.import_module(package)
-    except ImportError as error:
-        return f"{package} can't be imported ({error})"
-    return None
+    def geometry(self, kernel: Kernel, number: int) -> Geometry:
+        (q, k), shape = self._arrays(), self.shape
+        ids = np.broadcast_to(shape.segment_ids, (shape.B, shape.T)) if shape.documents else None
+        return attention_geometry(kernel, number, q, k, k, self._mask(ids))
 
 
 def splash_settings(shape: Attention, backward: bool) -> tuple[Splash, ...]:
-    settings = (
+    """JAX's never wins where tokamax is; small blocks only where the mask hides parts of large ones."""
+    settings = [
         ("jax", 1024, 512, False),
-        ("jax", 512, 512, False),
         ("tokamax", 1024, 512, False),
         ("tokamax", 1024, 512, True),
         ("tokamax", 1024, 256, False),
-        ("tokamax", 512, 512, False),
-    )
+    ]
+    if shape.window is not None or shape.documents or shape.T % 1024:
+        settings += [("tokamax", 512, 512, False)]
     return tuple(Splash(package, block, shape, backward, keys, lp) for package, block, keys, lp in settings)
-
-
-def grouped_settings(shape: Experts) -> tuple[RaggedDot, ...]:
-    tiled = [(package, tile) for package in ("megablox", "tokamax") for tile in (128, 256, 512)]
-    return (
-        RaggedDot("lax.ragged_dot", shape),
-        *(RaggedDot(package, shape, (tile, shape.D, shape.F)) for package, tile in tiled),
-    )
