@@ -85,7 +85,7 @@ def estimated(problem: Problem, chip: str, sizes: tuning.Sizes) -> float:
     program = compile_program(problem.function(), arrays)
     kernels = [kernel for kernel in program.kernels if kernel.name == f"attention_{problem.kernel}"]
     with target():
-        geometries = [attention_geometry(kernel, n, *arrays, problem.mask) for n, kernel in enumerate(kernels)]
+        geometries = [attention_geometry(kernel, *arrays, problem.mask) for kernel in kernels]
     found = [estimate(kernel, geometry, chip) for kernel, geometry in zip(kernels, geometries, strict=True)]
     return sum(one.milliseconds for one in found)
 

@@ -137,7 +137,7 @@ class OurAttention:
     def geometry(self, kernel: Kernel, number: int) -> Geometry:
         (q, k), shape = self._arrays(), self.shape
         ids = np.broadcast_to(shape.segment_ids, (shape.B, shape.T)) if shape.documents else None
-        return attention_geometry(kernel, number, q, k, k, self._mask(ids))
+        return attention_geometry(kernel, q, k, k, self._mask(ids))
 
 
 def splash_settings(shape: Attention, backward: bool) -> tuple[Splash, ...]:

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
 
+from kernels import Mask
+from kernels.attention.tpu import tuning
 from kernels.static_estimate import (
     CHIPS,
     CompileError,
@@ -18,6 +20,7 @@ from kernels.static_estimate import (
     compiler,
     estimate,
 )
+from kernels.static_estimate.attention import attention_geometry
 from kernels.static_estimate.bundles import Part, parse
 from kernels.static_estimate.estimate import grid_step
 
@@ -277,6 +280,23 @@ def test_calls_whose_results_nobody_reads_are_no_kernels_of_the_program():
 
     jaxpr = jax.make_jaxpr(program)(jnp.ones((8, 128))).jaxpr
     assert [call["name"] for call in compiler._pallas_calls(jaxpr)] == ["inner", "outer"]
+
+
+@pytest.mark.parametrize(
+    "mask", [Mask(), Mask(causal=True), Mask(causal=True, window=300)], ids=["full", "causal", "window"]
+)
+def test_a_backward_in_pieces_of_keys_has_the_bodies_of_one_and_more_rows(monkeypatch, mask):
+    q, k = (jax.ShapeDtypeStruct((2, 1280, heads, 64), jnp.bfloat16) for heads in (4, 2))
+    # 1 heads H queries, 1 heads keys H
+    kernel = Kernel("attention_backward", None, None, ((1, 1, 64, 256), (1, 1, 256, 64)))
+    whole = attention_geometry(kernel, q, k, k, mask)
+    monkeypatch.setattr(tuning, "GRADIENT_BYTES", 8 * 128 * 2 * 256)
+    split = attention_geometry(kernel, q, k, k, mask)
+    assert split.bodies == whole.bodies and all(whole.bodies)
+    assert whole.rows[0] == 2 * 2 and split.rows[0] == 3 * 2 * 2
+    # Of a piece that a query block sees nothing of, it still visits one block.
+    assert whole.rows[1] == 4 * 2 * 5 and split.rows[1] == 3 * whole.rows[1]
+    assert split.steps >= max(sum(whole.bodies), split.rows[1])
 
 
 def test_an_unknown_chip_and_a_process_that_is_no_chip_s():
