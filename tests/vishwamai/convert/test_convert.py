@@ -8,6 +8,7 @@ import pytest
 import yaml
 from hf_folders import (
     MODELS,
+    SPARSE,
     TEXT,
     assert_same,
     make_run,
@@ -264,6 +265,13 @@ def test_export_refuses_what_transformers_does_not_compute(tmp_path):
         ("llama", {"sliding_window": 4}, "model.sliding_window=4: LlamaForCausalLM has None"),
         ("mistral", {"mlp_bias": True}, "model.mlp_bias=True"),
         ("parsit", {"text": TEXT | {"mlp_bias": True}}, "model.text.mlp_bias=True: Qwen3ForCausalLM has False"),
+        ("qwen3_moe", {"mixture": SPARSE | {"scoring_func": "sigmoid"}}, "model.mixture.scoring_func=sigmoid"),
+        ("qwen3_moe", {"mixture": SPARSE | {"n_shared_experts": 1}}, "model.mixture.n_shared_experts=1"),
+        (
+            "qwen3_moe",
+            {"mixture": SPARSE | {"num_experts": 4, "n_group": 2}},
+            "model.mixture.n_group=2: Qwen3MoeForCausalLM has 1",
+        ),
     ],
 )
 def test_export_refuses_a_decoder_of_another_family(tmp_path, family, part, message):
