@@ -38,20 +38,29 @@ def run(model, count=COUNT, **options):
 
 
 @partial(jax.jit, static_argnums=(0, 3, 4))
+def read(graph, parameters, batch, cache_dtype, at_a_time):
+    """A cache of the first four tokens."""
+    model, before = nnx.merge(graph, parameters), jax.tree.map(lambda x: x[:, :4], batch)
+    x, mask = model.embed(before), model.mask(before)
+    return model.prefill(x, before.positions, mask, batch.segment_ids, at_a_time, cache_dtype)[1]
+
+
+@partial(jax.jit, static_argnums=0)
+def further(graph, parameters, cache, batch):
+    """Logits of these tokens, and the cache with them."""
+    model = nnx.merge(graph, parameters)
+    x, mask = model.embed(batch), cache.mask(batch.segment_ids)
+    x, cache, _ = model.decoder(x, batch.positions, mask, cache, layers=model.one_by_one())
+    return model.unembed(x), cache
+
+
 def forced(graph, parameters, batch, cache_dtype, at_a_time):
     """Logits of the tokens behind the first four, read so many at a time, and the cache at the end."""
-    model = nnx.merge(graph, parameters)
-    part = lambda start, stop: jax.tree.map(lambda x: x[:, start:stop], batch)  # noqa: E731
-    before = part(0, 4)
-    _, cache = model.prefill(
-        model.embed(before), before.positions, model.mask(before), batch.segment_ids, at_a_time, cache_dtype
-    )
-    found, layers = [], model.one_by_one()
+    cache, found = read(graph, parameters, batch, cache_dtype, at_a_time), []
     for start in range(4, batch.tokens.shape[1], at_a_time):
-        more = part(start, start + at_a_time)
-        mask = cache.mask(more.segment_ids)
-        x, cache, _ = model.decoder(model.embed(more), more.positions, mask, cache, layers=layers)
-        found.append(model.unembed(x))
+        more = jax.tree.map(lambda x, start=start: x[:, start : start + at_a_time], batch)
+        logits, cache = further(graph, parameters, cache, more)
+        found.append(logits)
     return jnp.concatenate(found, axis=1), cache
 
 
