@@ -56,10 +56,10 @@ def rows(shape, dtype=jnp.bfloat16):
 
 @pytest.mark.parametrize("gradient", [False, True])
 def test_products_are_as_many_as_the_kernel_runs(runs, gradient):
-    plan = backend._tiles(X, W, False, CHIP)[gradient]
+    plan = backend._tiles(X, W, 1, False, CHIP)[gradient]
     assert (plan.rows, plan.product) == (256, 64)
     x = rows((1024, plan.inner))
-    backend.grouped_matmul(x, rows(W.shape), jnp.asarray(SIZES), gradient, CHIP, True).block_until_ready()
+    backend.grouped_matmul(x, (rows(W.shape),), jnp.asarray(SIZES), gradient, None, CHIP, True).block_until_ready()
     jax.effects_barrier()
 
     block = (1, plan.columns, plan.inner) if gradient else (1, plan.inner, plan.columns)
@@ -74,9 +74,9 @@ def test_products_are_as_many_as_the_kernel_runs(runs, gradient):
 
 
 def test_sums_over_rows_are_as_many_as_the_kernel_runs(runs):
-    plan = backend._tiles(X, W, False, CHIP)[2]
-    arrays = rows((1024, 256)), rows((1024, 128)), jnp.asarray(SIZES)
-    outer.outer(*arrays, jnp.bfloat16, plan, 1 << 20, True).block_until_ready()
+    plan = backend._tiles(X, W, 1, False, CHIP)[2]
+    arrays = (rows((1024, 256)),), (rows((1024, 128)),), jnp.asarray(SIZES)
+    jax.block_until_ready(outer.outer(*arrays, jnp.bfloat16, plan, 1 << 20, True))
     jax.effects_barrier()
 
     blocks = (plan.rows, plan.inner), (plan.rows, plan.columns)
@@ -91,7 +91,7 @@ def test_sums_over_rows_are_as_many_as_the_kernel_runs(runs):
 
 
 def test_every_byte_is_read_once_where_blocks_take_all_columns():
-    plan = backend._tiles(X, W, False, CHIP)[0]
+    plan = backend._tiles(X, W, 1, False, CHIP)[0]
     blocks = (plan.rows, plan.inner), (1, plan.inner, plan.columns)
     found = grouped_matmul_geometry(compiled("grouped_matmul", *blocks, bodies=1), X, W, SIZES, False)
     assert plan.columns == 128

@@ -50,7 +50,7 @@ class Sizes(NamedTuple):
     samples: int
     draft_tokens: int  # proposed in each turn
     log_probabilities: bool  # whether they are kept
-    cache_dtype: str | None  # that keys and values are quantised to
+    cache_dtype: str | None = None  # that keys and values are quantised to
 
 
 @jax.tree_util.register_dataclass
