@@ -191,7 +191,7 @@ def test_logits_of_ten_thousand(run, sign):
     assert_close(compiled(run, scale=1.0)(*drawn), expected, 1e-5)
 
 
-@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("run", [pytest.param(run, marks=[pytest.mark.slow] * (run == "tpu")) for run in RUNS])
 @pytest.mark.parametrize(
     "mask",
     [
