@@ -217,11 +217,14 @@ def test_logits_of_ten_thousand(small):
     assert_close(ours((q, k, v), mask, scale=1.0), expected((q, k, v), mask, scale=1.0), 1e-5)
 
 
-def test_bfloat16_is_as_exact_as_splash_attention(small, monkeypatch):
-    """With tiles of one size: the more keys share a maximum, the fewer weights are an exact 1."""
+@pytest.mark.parametrize(("tiles", "limit"), [("small", 1.0001), ("those of the table", 1.01)])
+def test_bfloat16_is_as_exact_as_splash_attention(tiles, limit, request, monkeypatch):
+    """With its tiles but for a bit here and there; the more keys share a maximum, the fewer weights are an exact 1."""
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
+    if tiles == "small":
+        request.getfixturevalue(tiles)
     length, heads = 256, 2
     qkv = [jnp.asarray(x, jnp.bfloat16) for x in inputs(6, 1, length, None, heads, heads, 64)]
     qkv[0] *= 4
@@ -264,7 +267,7 @@ def test_bfloat16_is_as_exact_as_splash_attention(small, monkeypatch):
             np.sqrt(np.mean((np.asarray(x[name]).astype(np.float64) - expected[name]) ** 2))
             for x in (found, bounded, other)
         )
-        assert ours_off <= 1.0001 * theirs_off, name  # the same roundings but for a bit here and there
+        assert ours_off <= limit * theirs_off, name
         assert bounded_off <= 1.5 * theirs_off, name
 
 
