@@ -4,9 +4,9 @@
 
     | | ours, ms | peer, ms | ours / peer | aim |
     |---|---|---|---|---|
-    | causal 4096, forward, auto | 0.31 (0.30-0.33) | 0.31 (0.30-0.32) | 1.00 | 1.11 |
+    | causal 4096, forward, auto | median (lowest-highest) | the same | ... | 1.11 |
 
-(The example's figures are made up: no GPU has run this yet.) Needs a GPU and `pip install "jax[cuda12]"`.
+No GPU has run this yet. Needs one, and the `cuda` extra.
 Attention is `kernels.attention` by each backend that can do it, "auto" first, beside
 `jax.nn.dot_product_attention(implementation="cudnn")`; a mask that cuDNN lacks is measured against its causal time.
 The aims were set for Hopper: nine tenths of cuDNN's speed, and 1.2 times its time for masks that it lacks.
@@ -184,7 +184,7 @@ def gpu() -> jax.Device:
     if device.platform != "gpu":
         raise SystemExit(
             f"found {device.device_kind} ({device.platform}), expected a GPU: run it on a machine that has one, with "
-            "`pip install 'jax[cuda12]'` and without JAX_PLATFORMS=cpu. On a CPU there is benchmarks.attention_cpu, "
+            "`pip install '.[cuda]'` and without JAX_PLATFORMS=cpu. On a CPU there is benchmarks.attention_cpu, "
             "for TPUs that are not here benchmarks.tpu_static"
         )
     return device
