@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RUN := runs/parsit_tiny
+WORKERS := -n auto --maxprocesses 4 --dist loadfile
 
 # With 4 KiB pages the kernel spends a fifth of a training step on handing XLA its buffers (docs/performance.md).
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
@@ -26,18 +27,20 @@ demo: $(VENV)/.installed-cpu
 	JAX_PLATFORMS=cpu $(BIN)/python train.py --config configs/parsit_tiny.yaml
 	JAX_PLATFORMS=cpu $(BIN)/python eval.py --checkpoint $(RUN)
 
-# The TPU compiler of this JAX, for tests that compile for chips that are not here. In a folder of its own: JAX on a
-# machine without TPUs would look for them, and say so, wherever it could import it.
-$(VENV)/.installed-libtpu: $(VENV)/.installed-test
-	$(BIN)/pip install --quiet --disable-pip-version-check --target $(VENV)/libtpu "$$($(BIN)/python -c \
-		'from importlib.metadata import requires; print(*(r.split(";")[0] for r in requires("jax") if "libtpu" in r))')"
+# The TPU's and the GPU's compilers of this JAX, for tests that compile for chips that are not here. In a folder of their
+# own: JAX would look for such chips, and say that there are none, wherever it could import them.
+$(VENV)/.installed-targets: $(VENV)/.installed-test
+	$(BIN)/pip install --quiet --disable-pip-version-check --target $(VENV)/targets --no-deps --upgrade "$$($(BIN)/python -c \
+		'from importlib.metadata import requires; print(*(r.split(";")[0] for r in requires("jax") if "libtpu" in r))')" \
+		$$($(BIN)/python -c 'import jax; print(f"jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt=={jax.__version__}")') \
+		'nvidia-cuda-nvcc==13.*' 'nvidia-nvvm==13.*'
 	touch $@
 
 test: $(VENV)/.installed-test
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -m "not slow and not real_weights" -n auto --maxprocesses 4 --dist loadfile
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -q -m "not slow and not real_weights" $(WORKERS)
 
-test-slow: $(VENV)/.installed-libtpu
-	JAX_PLATFORMS=cpu PYTHONPATH=$(VENV)/libtpu $(BIN)/python -m pytest -q -m slow
+test-slow: $(VENV)/.installed-targets
+	JAX_PLATFORMS=cpu PYTHONPATH=$(VENV)/targets $(BIN)/python -m pytest -q -m slow $(WORKERS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

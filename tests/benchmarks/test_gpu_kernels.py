@@ -32,7 +32,9 @@ def test_the_table_by_hand():
 def test_what_is_not_the_same_or_does_not_run_is_said():
     ones = (jnp.ones(8),)
     assert "differ by 1.0e+00 of their norm" in measure(Case("twice", lambda x: 2 * x, lambda x: x, ones), 1)
-    assert isinstance(measure(Case("twice", lambda x: 2 * x, lambda x: x, ones, same=False), 1), Measured)
+    twice = lambda x: 2 * x  # noqa: E731
+    assert isinstance(measure(Case("twice", twice, lambda x: x, ones, exact=lambda x: x + x), 1), Measured)
+    assert "differ by 1.0e+00" in measure(Case("twice", twice, twice, ones, exact=lambda x: x), 1)
     assert "nan" in measure(Case("nan", lambda x: x * jnp.nan, lambda x: x, ones), 1)
     assert measure(Case("bad", lambda x: x @ jnp.ones((3, 3)), lambda x: x, ones), 1).startswith("TypeError: ")
 

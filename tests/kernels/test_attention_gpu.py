@@ -2,14 +2,16 @@
 
 import functools
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hopper import compiling_for
 
-from kernels import Mask, attention
-from kernels.attention import gpu
+from kernels import Mask, attention, backends
+from kernels.attention.gpu.cudnn import refusal
 
 IDS = np.ones((2, 64), np.int32)
 
@@ -30,7 +32,8 @@ def lowered(mask: Mask, gradient: bool, backend: str, **options) -> str:
     def loss(*qkv):
         return run(*qkv).astype(jnp.float32).sum()
 
-    traced = jax.jit(jax.grad(loss, (0, 1, 2)) if gradient else run).trace(q, kv, kv)
+    with compiling_for():
+        traced = jax.jit(jax.grad(loss, (0, 1, 2)) if gradient else run).trace(q, kv, kv)
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
@@ -54,21 +57,30 @@ def test_forward_and_backward_are_cudnn_calls(cudnn, mask, kind, window):
     assert "dot_general" not in text  # a log-sum-exp that nobody reads is not computed
 
 
+@pytest.mark.parametrize(
+    ("capability", "can"), [("9.0", True), ("10.0", True), ("8.0", True), ("7.5", False), ("gfx942", False)]
+)
+def test_a_gpu_that_is_here_must_be_of_a_kind_that_cudnn_takes(monkeypatch, capability, can):
+    device = SimpleNamespace(platform="gpu", compute_capability=capability, device_kind="any")
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    q = jnp.zeros((1, 8, 2, 64), jnp.bfloat16)
+    reason = refusal(q, q, q, Mask(causal=True), 1.0, None, None)
+    assert reason is None if can else "compute capability 8.0 (Ampere) and later, not for 'any'" in reason
+
+
 def test_auto_takes_it_where_it_compiles_for_a_gpu(cudnn):
-    device = jax.sharding.AbstractDevice(device_kind="any", num_cores=None, platform="cuda")
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)):
-        assert "cudnn" in lowered(Mask(causal=True), gradient=False, backend="auto")
-        assert "cudnn" not in lowered(Mask(causal=True, q_segment_ids=IDS), gradient=False, backend="auto")
+    assert "cudnn" in lowered(Mask(causal=True), gradient=False, backend="auto")
+    assert "cudnn" not in lowered(Mask(causal=True, q_segment_ids=IDS), gradient=False, backend="auto")
 
 
 def test_split_over_a_mesh_each_device_asks_cudnn(cudnn):
-    device = jax.sharding.AbstractDevice(device_kind="any", num_cores=None, platform="cuda")
-    auto = (jax.sharding.AxisType.Auto,) * 2
-    mesh = jax.sharding.AbstractMesh((2, 2), ("data", "tensor"), auto, abstract_device=device)
     q = jnp.zeros((2, 64, 4, 64), jnp.bfloat16)
-    with jax.sharding.use_abstract_mesh(mesh):
+    with compiling_for(shape=(2, 2), names=("data", "tensor")):
         split = functools.partial(attention, spec=jax.sharding.PartitionSpec("data", None, "tensor"))
         jaxpr = str(jax.make_jaxpr(split)(q, q, q))
+        with pytest.raises(ValueError, match="can't do this: .* pass spec="):
+            attention(q, q, q, backend="cudnn")
+        assert "dot_product_attention" not in str(jax.make_jaxpr(attention)(q, q, q))
     assert "shard_map" in jaxpr and "dot_product_attention" in jaxpr and "bf16[1,64,2,64]" in jaxpr
 
 
@@ -82,6 +94,7 @@ def test_a_row_without_keys_is_never_asked_of_cudnn(cudnn, monkeypatch):
         return real(*qkv, key_value_seq_lengths=key_value_seq_lengths, implementation="xla", **options)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", in_xla)
+    monkeypatch.setattr(backends, "target", lambda: "gpu")
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.standard_normal((2, 16, 2, 64)), jnp.bfloat16) for _ in range(3))
     k, v = (x.at[1].set(jnp.nan).at[0, 5:].set(jnp.nan) for x in (k, v))
@@ -121,10 +134,10 @@ def test_what_cudnn_can_not_do_is_refused(change, reason):
     q, k = jnp.zeros((2, 64, 4, width), dtype), jnp.zeros((2, keys, 2, width), dtype)
     v = jnp.zeros((2, keys, 2, change.get("v_width", width)), dtype)
     options = {name: change[name] for name in ("mask", "logit_softcap", "sinks") if name in change}
-    with pytest.raises(ValueError, match=f"attention's backend 'cudnn' can't do this: .*{reason}"):
+    with compiling_for(), pytest.raises(ValueError, match=f"attention's backend 'cudnn' can't do this: .*{reason}"):
         attention(q, k, v, backend="cudnn", **options)
 
 
 def test_what_is_not_refused():
     q = jnp.zeros((2, 64, 4, 72), jnp.bfloat16)
-    assert gpu.refusal(q, q, q, Mask(), 1.0, None, None) is None
+    assert refusal(q, q, q, Mask(), 1.0, None, None) is None

@@ -1,12 +1,15 @@
 """The table of backends: preference, refusals with their reasons, and the platform that is compiled for."""
 
+import functools
 import logging
 import sys
 
 import jax
+import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
-from kernels import backends
+from kernels import attention, backends
 from kernels.backends import Backend, choose, lazily, left_to_xla, target
 
 TABLE = {
@@ -17,11 +20,16 @@ TABLE = {
 }
 
 
+def mesh_of(platform: str):
+    kind = "TPU v5 lite" if platform == "tpu" else "any"
+    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=1, platform=platform)
+    return jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
+
+
 @pytest.mark.parametrize(
     ("asked", "size", "expected"),
-    [("auto", 2, "fast 2"), ("auto", 3, "slow 3"), ("slow", 2, "slow 2"), ("gpu", 2, "gpu 2"),
-     ("reference", 2, "reference 2")],
-)  # fmt: skip
+    [("auto", 2, "fast 2"), ("auto", 3, "slow 3"), ("slow", 2, "slow 2"), ("reference", 2, "reference 2")],
+)
 def test_the_first_that_can_or_the_one_asked_for(asked, size, expected):
     assert choose("sum", TABLE, asked, size)(size) == expected
 
@@ -37,11 +45,47 @@ def test_the_log_says_once_which_and_why(caplog):
     ]
 
 
+def test_what_never_ran_is_taken_where_the_environment_or_the_caller_says_so(caplog, monkeypatch):
+    table = {"new": Backend(("cpu",), lambda size: f"new {size}", untried=True), **TABLE}
+    backends._say_once.cache_clear()
+    with caplog.at_level(logging.INFO, logger="kernels"):
+        assert choose("sum", table, "auto", 2)(2) == "fast 2"
+        assert choose("sum", table, "new", 2)(2) == "new 2"
+        monkeypatch.setenv("KERNELS_UNTRIED", "1")
+        assert choose("sum", table, "auto", 2)(2) == "new 2"
+    assert [record.message for record in caplog.records] == [
+        "sum on cpu: backend fast, as new has never run on one: KERNELS_UNTRIED=1 takes it",
+        "sum on cpu: backend new",
+    ]
+
+
 def test_an_explicit_choice_that_cannot_is_an_error():
     with pytest.raises(ValueError, match="sum's backend 'fast' can't do this: it is odd"):
         choose("sum", TABLE, "fast", 3)
     with pytest.raises(ValueError, match="sum has no backend 'quick'; there are: auto, fast, gpu, slow, reference"):
         choose("sum", TABLE, "quick", 3)
+
+
+def test_a_choice_for_another_platform_is_an_error_unless_it_is_the_one_compiled_for():
+    with pytest.raises(
+        ValueError, match="'gpu' can't do this: it is for gpu, and this is compiled for cpu; ask for auto"
+    ):
+        choose("sum", TABLE, "gpu", 2)
+    with jax.sharding.use_abstract_mesh(mesh_of("cuda")):
+        assert choose("sum", TABLE, "gpu", 2)(2) == "gpu 2"
+        with pytest.raises(ValueError, match="it is for cpu, and this is compiled for gpu; ask for auto or .* gpu. To"):
+            choose("sum", TABLE, "slow", 2)
+
+
+def test_attention_for_a_tpu_says_that_there_is_none():
+    q = np.zeros((1, 8, 1, 8), np.float32)
+    with pytest.raises(ValueError, match="attention's backend 'tpu' can't do this: it is for tpu, .* compiled for cpu"):
+        attention(q, q, q, backend="tpu")
+    run = functools.partial(attention, backend="tpu")
+    with jax.sharding.use_abstract_mesh(mesh_of("tpu")):
+        assert jax.eval_shape(run, q, q, q).shape == q.shape
+    with pltpu.force_tpu_interpret_mode():
+        assert jax.eval_shape(run, q, q, q).shape == q.shape
 
 
 def test_nothing_for_a_platform():
@@ -51,10 +95,8 @@ def test_nothing_for_a_platform():
 
 @pytest.mark.parametrize(("platform", "expected"), [("tpu", "tpu"), ("cuda", "gpu"), ("cpu", "cpu")])
 def test_what_counts_is_the_platform_that_is_compiled_for(platform, expected):
-    device = jax.sharding.AbstractDevice(device_kind="any", num_cores=None, platform=platform)
-    mesh = jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)
     assert target() == "cpu"
-    with jax.sharding.use_abstract_mesh(mesh):
+    with jax.sharding.use_abstract_mesh(mesh_of(platform)):
         assert target() == expected
 
 

@@ -9,12 +9,17 @@ import jax.numpy as jnp
 
 from kernels.attention import xla
 from kernels.attention.mask import Mask, clear_padding
+from kernels.backends import left_to_xla
 
-MAX_HEAD_DIM = 128  # 256 on Hopper, which is not known when compiling for a GPU that is not here
+MAX_HEAD_DIM = 128  # on Hopper cuDNN takes 256, but JAX refuses them unless a Hopper GPU is in this machine
 
 
 def refusal(q, k, v, mask: Mask, scale: float, logit_softcap: float | None, sinks) -> str | None:
     """Why cuDNN can't do this; None where it can."""
+    if left_to_xla():
+        return "JAX splits it over a mesh only where q, k and v lie alike: pass spec="
+    if reason := _not_for_this_device():
+        return reason
     (length, _, width), num_keys = q.shape[1:], k.shape[1]
     if q.dtype != jnp.bfloat16:
         return f"cuDNN's attention takes bfloat16, not {q.dtype}"
@@ -30,6 +35,17 @@ def refusal(q, k, v, mask: Mask, scale: float, logit_softcap: float | None, sink
     if mask.window is not None and mask.kv_length is not None:
         return "behind kv_length a window shows a query nothing, about which cuDNN promises nothing"
     return None
+
+
+def _not_for_this_device() -> str | None:
+    """Of a GPU that is not here nothing is asked."""
+    here = jax.devices()[0]
+    if here.platform != "gpu" or jax.sharding.get_abstract_mesh().abstract_device is not None:
+        return None
+    major, _, minor = getattr(here, "compute_capability", "").partition(".")
+    if major.isdigit() and minor.isdigit() and int(major) >= 8:
+        return None
+    return f"it is for NVIDIA's GPUs of compute capability 8.0 (Ampere) and later, not for {here.device_kind!r}"
 
 
 def attention(q, k, v, mask: Mask, scale: float, logit_softcap: None, sinks: None):
