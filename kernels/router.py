@@ -91,7 +91,7 @@ def route(
 
 def _best_groups(ranked: Float[Array, "T E"], groups: int, top_groups: int) -> Float[Array, "T E"]:
     """-inf for all experts but those of the best groups."""
-    grouped = ranked.reshape(len(ranked), groups, -1)
+    grouped = ranked.reshape(len(ranked), groups, ranked.shape[1] // groups)
     two = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))[0]
     best = jax.lax.top_k(jnp.sum(two, axis=-1), top_groups)[1]
     kept = jnp.any(best[:, :, None] == jnp.arange(groups), axis=1)

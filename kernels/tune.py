@@ -1,6 +1,7 @@
 """Block sizes for the attention kernels: each candidate's milliseconds, the best one last.
 
     python -m kernels.tune forward --chip v6e --length 4096 --heads 16 --kv-heads 8 --head-dim 128 --causal
+    python -m kernels.tune forward --chip v6e --causal --documents 1300 500 1700 596          # packed rows
     python -m kernels.tune backward --length 4096 --causal --queries 512 1024 --keys 1024     # on a TPU: by the clock
 
 With `--chip` the figure is the static estimate of that kernel alone (`kernels.static_estimate`; needs libtpu, no TPU);
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kernels import Mask, attention
 from kernels.attention.tpu import tuning
@@ -28,7 +30,7 @@ from kernels.static_estimate.attention import attention_geometry
 
 
 class Problem(NamedTuple):
-    """kernel: "forward" or "backward"; q: B T N H, k and v: B T K H, bf16."""
+    """kernel: "forward" or "backward"; q: B T N H, k and v: B T K H, bf16; documents: lengths of the texts in a row."""
 
     kernel: str
     batch: int
@@ -38,10 +40,15 @@ class Problem(NamedTuple):
     head_dim: int
     causal: bool
     window: int | None
+    documents: tuple[int, ...] | None = None
 
     @property
     def mask(self) -> Mask:
-        return Mask(causal=self.causal, window=self.window)
+        ids = None
+        if self.documents is not None:
+            row = np.repeat(np.arange(1, len(self.documents) + 1, dtype=np.int32), self.documents)
+            ids = np.broadcast_to(row, (self.batch, self.length))
+        return Mask(causal=self.causal, window=self.window, q_segment_ids=ids)
 
     def arrays(self) -> tuple[jax.ShapeDtypeStruct, ...]:
         q, k = (
@@ -61,19 +68,24 @@ class Problem(NamedTuple):
 
 
 def candidates(options: argparse.Namespace) -> list[tuning.Sizes]:
-    """Every combination whose tiles divide its blocks."""
+    """Every combination whose tiles divide its blocks. The backward kernel takes one head a step, always."""
     sides = options.queries, options.keys, options.tile_queries, options.tile_keys
-    return [
-        tuning.Sizes(queries, keys, tile_queries, tile_keys, heads=heads, lp_scheduler=lp)
+    heads = options.heads_per_step if options.kernel == "forward" else [1]
+    found = [
+        tuning.Sizes(queries, keys, tile_queries, tile_keys, *others)
         for queries, keys, tile_queries, tile_keys in itertools.product(*sides)
-        for heads, lp in itertools.product(options.heads_per_step, (True, False))
-        if queries % tile_queries == 0 and keys % tile_keys == 0
+        for others in itertools.product(heads, {min(n, tile_keys) for n in options.diagonal_keys}, (True, False))
+    ]
+    return [
+        sizes
+        for sizes in found
+        if sizes.queries % sizes.tile_queries == sizes.keys % sizes.tile_keys == sizes.keys % sizes.diagonal_keys == 0
     ]
 
 
 def use(kernel: str, sizes: tuning.Sizes) -> None:
     """From here on the kernel takes these sizes, on any chip, for any mask."""
-    for table in tuning.CHIPS.values():
+    for table in (tuning.DEFAULT, *tuning.CHIPS.values()):
         table |= {(name, kind): sizes for name, kind in tuning.DEFAULT if name == kernel}
     jax.clear_caches()
 
@@ -129,12 +141,16 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default, help="default: %(default)s")
     parser.add_argument("--causal", action="store_true")
     parser.add_argument("--window", type=int, help="with --causal")
+    parser.add_argument("--documents", type=int, nargs="+", help="lengths of texts packed into each row; sets --length")
     parser.add_argument("--queries", type=int, nargs="+", default=[512, 1024, 2048], help="rows of a block")
     parser.add_argument("--keys", type=int, nargs="+", default=[512, 1024], help="keys of a block")
     parser.add_argument("--tile-queries", type=int, nargs="+", default=[512, 1024])
     parser.add_argument("--tile-keys", type=int, nargs="+", default=[256, 512])
-    parser.add_argument("--heads-per-step", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--heads-per-step", type=int, nargs="+", default=[1, 2, 4], help="of the forward kernel")
+    parser.add_argument("--diagonal-keys", type=int, nargs="+", default=[256], help="keys of a tile on the diagonal")
     options = parser.parse_args()
+    if options.documents is not None:
+        options.documents, options.length = tuple(options.documents), sum(options.documents)
     problem = Problem(**{name: getattr(options, name) for name in Problem._fields})
     if options.chip is None:
         if jax.default_backend() != "tpu":

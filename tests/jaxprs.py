@@ -2,8 +2,18 @@
 
 from collections.abc import Iterator
 
+import jax
 import jax.extend
 import numpy as np
+
+
+def precisions(jaxpr) -> Iterator[jax.lax.Precision]:
+    """Of both operands of every matrix product, inner programs included."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            yield from equation.params["precision"] or (jax.lax.Precision.DEFAULT,)
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from precisions(inner)
 
 
 def array_sizes(jaxpr) -> Iterator[int]:

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from uncached import uncached
 
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 ENVIRONMENT = {
@@ -33,5 +34,5 @@ def compiled_for(chip: str, f: Callable, *shapes):
     place = NamedSharding(Mesh(np.array([device]), ("x",)), PartitionSpec())
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
     kind = AbstractDevice(device_kind=device.device_kind, num_cores=device.num_cores, platform="tpu")
-    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=kind)):
+    with uncached(), jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=kind)):
         return jax.jit(f).lower(*shapes).compile()

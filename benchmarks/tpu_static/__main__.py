@@ -9,7 +9,7 @@ Markdown: ours with the ratio to the best public one, those, and what bounds our
 
     | ours, ms (of the best public one's) | aim | v5e | tpu7x |
     |---|---|---|---|
-    | qwen3-4k forward | 1.00 | 0.904 (0.81) | 0.331 (0.74) |
+    | qwen3-4k forward | 1.00 | 0.904 (0.81) | 0.304 (0.68) |
 
 Needs libtpu (the `tpu` extra). tokamax's kernels, which are the best public ones, take part where `import tokamax`
 works: in a folder of its own, as it wants other versions of what we have,

@@ -112,7 +112,7 @@ class OurAttention:
     shape: Attention
     backward: bool
     name: ClassVar[str] = "ours"
-    modules: ClassVar[tuple[str, ...]] = ("kernels.attention", "kernels.static_estimate.attention")
+    modules: ClassVar[tuple[str, ...]] = ("kernels.attention", "kernels.precision", "kernels.static_estimate.attention")
     distributions: ClassVar[tuple[str, ...]] = ("jax", "libtpu")
 
     def missing(self) -> None:
@@ -147,6 +147,7 @@ def splash_settings(shape: Attention, backward: bool) -> tuple[Splash, ...]:
         ("tokamax", 1024, 512, False),
         ("tokamax", 1024, 512, True),
         ("tokamax", 1024, 256, False),
+        ("tokamax", 1024, 256, True),
     ]
     if shape.window is not None or shape.documents or shape.T % 1024:
         settings += [("tokamax", 512, 512, False)]

@@ -19,7 +19,7 @@ class OurDecode:
 
     shape: Decode
     name: ClassVar[str] = "ours"
-    modules: ClassVar[tuple[str, ...]] = ("kernels.decode_attention", "kernels.attention.mask")
+    modules: ClassVar[tuple[str, ...]] = ("kernels.decode_attention", "kernels.attention.mask", "kernels.precision")
     distributions: ClassVar[tuple[str, ...]] = ("jax", "libtpu")
 
     def missing(self) -> None:

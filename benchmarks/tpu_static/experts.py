@@ -95,7 +95,11 @@ class OurExperts:
     shape: Experts
     product: str
     name: ClassVar[str] = "ours"
-    modules: ClassVar[tuple[str, ...]] = ("kernels.grouped_matmul", "kernels.static_estimate.grouped_matmul")
+    modules: ClassVar[tuple[str, ...]] = (
+        "kernels.grouped_matmul",
+        "kernels.precision",
+        "kernels.static_estimate.grouped_matmul",
+    )
     distributions: ClassVar[tuple[str, ...]] = ("jax", "libtpu")
 
     def missing(self) -> None:

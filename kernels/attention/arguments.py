@@ -7,10 +7,15 @@ DTYPES = ("bfloat16", "float32", "float64")
 
 
 def check(q, k, v, mask: Mask, logit_softcap: float | None, sinks, *, heads_first: bool = False) -> None:
-    """Raises ValueError (or TypeError for masks that are no integers) where shapes or values do not fit.
+    """Raises ValueError where shapes or values do not fit, TypeError for what is no mask or holds no integers.
 
     heads_first: k and v are `B K S H` and `B K S V`, else `B S K H` and `B S K V`.
     """
+    if not isinstance(mask, Mask):
+        raise TypeError(
+            f"mask must be a kernels.Mask, found {type(mask).__name__}: T x S booleans are not taken, say what "
+            "they hide as Mask(causal=..., q_segment_ids=..., ...)"
+        )
     layout = "B K S {}" if heads_first else "B S K {}"
     slots, heads = (2, 1) if heads_first else (1, 2)
     found = f"found q {q.shape}, k {k.shape}, v {v.shape}"

@@ -6,6 +6,7 @@ Positions: query i stands at `q_offset + i`, key j at j. Key j is visible to que
     non-zero block of `block_ids`.
 """
 
+import operator
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -15,18 +16,21 @@ import numpy as np
 from jax import lax
 
 Index = Any  # a Python int where known at trace time, else an int array
+ENDLESS = 2**30  # no text is longer, and int32 holds a position plus this
 
 
 @dataclass(frozen=True, eq=False)
 class Mask:
     """A description of visibility; `None` or the default in every field is full attention.
 
-    A pytree: arrays are leaves; `causal`, `window` and every Python int are static, so that kernels can skip what
-    they rule out. Passing an offset that changes from call to call? Make it an array, or each value compiles anew.
+    A pytree: arrays and NumPy's numbers are leaves; `causal`, `window` and every Python int are static, so that kernels
+    can skip what they rule out. Passing an offset that changes from call to call? Make it an array, or each value
+    compiles anew.
 
     Args:
         causal: keys behind the query's position are hidden.
-        window: with `causal`, the number of latest keys that stay visible, the query's own included.
+        window: with `causal`, the number of latest keys that stay visible, the query's own included. From 2^30 on it
+            hides nothing and is None.
         prefix_length: int or int `B`; keys before it are visible to every query, whatever `causal` says.
         q_segment_ids: int `B T`; a query sees the keys of its own segment. 0 is padding: such a query sees nothing,
             such a key is never seen, and what it holds (NaN too) reaches nothing.
@@ -38,6 +42,7 @@ class Mask:
 
     Raises:
         ValueError: window without causal or below 1; kv_segment_ids without q_segment_ids.
+        TypeError: causal or window that are no bool and int, or not known when tracing.
     """
 
     causal: bool = False
@@ -50,16 +55,30 @@ class Mask:
     block_ids: jax.Array | None = None
 
     def __post_init__(self):
-        if self.window is not None and not self.causal:
-            raise ValueError(f"window={self.window} needs causal=True: a window counts back from the query")
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"window must be at least 1 (the query's own key), found {self.window}")
+        if not isinstance(self.causal, bool | np.bool_):
+            raise TypeError(f"Mask.causal must be True or False, found {self.causal!r}")
+        try:
+            window = None if self.window is None else operator.index(self.window)
+        except TypeError as error:
+            raise TypeError(f"Mask.window must be an int that is known when tracing, found {self.window!r}") from error
+        if window is not None and not self.causal:
+            raise ValueError(f"window={window} needs causal=True: a window counts back from the query")
+        if window is not None and window < 1:
+            raise ValueError(f"window must be at least 1 (the query's own key), found {window}")
         if self.kv_segment_ids is not None and self.q_segment_ids is None:
             raise ValueError("kv_segment_ids came without q_segment_ids: give both, or q_segment_ids alone when T = S")
+        values = {"causal": bool(self.causal), "window": None if window is None or window >= ENDLESS else window}
+        values |= {name: _bounded(getattr(self, name)) for name in ("prefix_length", "kv_length")}
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
 
     @property
     def key_segments(self) -> jax.Array | None:
         return self.q_segment_ids if self.kv_segment_ids is None else self.kv_segment_ids
+
+
+def _bounded(length: Index | None) -> Index | None:
+    return min(length, ENDLESS) if isinstance(length, int) else length
 
 
 def _flatten(mask: Mask):
@@ -81,7 +100,7 @@ jax.tree_util.register_pytree_node(Mask, _flatten, _unflatten)
 
 
 def check(mask: Mask, batch: int, num_queries: int, num_keys: int) -> None:
-    """Raises ValueError (or TypeError for a non-integer) where a field's shape does not fit `B`, `T`, `S`."""
+    """Raises ValueError where a field does not fit `B`, `T`, `S`, or a number int32; TypeError for non-integers."""
     shapes = {
         "q_segment_ids": (batch, num_queries),
         "kv_segment_ids": (batch, num_keys),
@@ -91,8 +110,12 @@ def check(mask: Mask, batch: int, num_queries: int, num_keys: int) -> None:
         value = getattr(mask, field)
         if value is None:
             continue
+        if isinstance(value, list | tuple):
+            raise TypeError(f"Mask.{field} must be an int or an array, found {value}")
         if not jnp.issubdtype(jnp.result_type(value), jnp.integer):
             raise TypeError(f"Mask.{field} must hold integers, found {jnp.result_type(value)}")
+        if isinstance(value, int | np.ndarray | np.integer) and not _fits_int32(value):
+            raise ValueError(f"Mask.{field} must hold numbers that fit int32, found {np.min(value)} to {np.max(value)}")
         allowed = [shapes[field]] if field in shapes else [(), (batch,)]
         if np.shape(value) not in allowed:
             raise ValueError(f"Mask.{field} must have shape {' or '.join(map(str, allowed))}, found {np.shape(value)}")
@@ -103,6 +126,19 @@ def check(mask: Mask, batch: int, num_queries: int, num_keys: int) -> None:
             f"block_ids needs as many keys as queries and q_offset=0, found {num_queries} queries, {num_keys} keys, "
             f"q_offset={mask.q_offset}"
         )
+
+
+def _fits_int32(value: int | np.ndarray) -> bool:
+    """Known numbers only; those of no more than 32 bits are not looked at."""
+    value, limits = np.asarray(value), np.iinfo(np.int32)
+    if value.dtype.itemsize <= 4 or not value.size:
+        return True
+    return limits.min <= value.min() and value.max() <= limits.max
+
+
+def in_int32(mask: Mask) -> Mask:
+    """Its arrays as every backend counts with them: lengths of 8 bits would wrap, and so would what hides padding."""
+    return jax.tree.map(lambda x: x.astype(np.int32), mask)
 
 
 def _per_row(value: Index) -> Index:

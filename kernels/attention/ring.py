@@ -2,11 +2,7 @@
 
 In step r device d holds the keys that began on device d - r. Parts are joined by their log-sum-exp, so any backend can
 compute them. The backward goes round once more: the gradients of keys and values travel with them, and nothing is held
-that is larger than a part. Shape letters: L length of a part.
-
-Order is static, as far as it can be: in step r the keys of device d >= r lie r · L behind its queries, those of the
-others lie ahead. A step that shows nobody anything is not taken, one that shows a device nothing costs it no time, and
-one that shows all is not masked.
+that is larger than a part. What a device computes in which step is said in `steps.py`.
 
 Where the order is causal and nothing else, the last part of the text would have all the work and the first hardly any.
 So each device takes an early and a late piece of the text instead, numbers d and 2P - 1 - d of 2P for P devices, and
@@ -26,30 +22,24 @@ from jax import lax
 
 from kernels.attention.dealing import dealt, in_order
 from kernels.attention.mask import Mask
-
-
-def check(mask: Mask, num_queries: int, num_keys: int) -> None:
-    """Raises ValueError for what a ring can't do."""
-    if num_queries != num_keys or not isinstance(mask.q_offset, int) or mask.q_offset:
-        raise ValueError(
-            f"a text that is split over devices needs as many keys as queries and q_offset=0, found {num_queries} "
-            f"queries, {num_keys} keys, q_offset={mask.q_offset}"
-        )
-    if mask.block_ids is not None:
-        raise ValueError("block_ids can't be honoured where the text is split over devices: split rows or heads only")
+from kernels.attention.steps import Work, can_be_balanced, may_meet, of_pairs, shows_something, steps
 
 
 def attention(run: Callable, axis, q, k, v, mask: Mask, scale: float, softcap: float | None, sinks):
-    """As `run(q, k, v, mask, scale, softcap, sinks)` on the whole text, inside a shard_map that splits T over `axis`.
+    """As `run(q, k, v, mask, scale, softcap, sinks)` on the whole text, inside a shard_map that splits T and S by
+    `axis`.
 
-    q, k, v and segment ids are this device's parts; prefix_length and kv_length speak of the whole text.
+    q, k, v, segment and block ids are this device's parts; prefix_length, kv_length and q_offset speak of the whole
+    text.
     """
+    if not mask.causal:  # these say what an order does not hide
+        mask = replace(mask, prefix_length=None, q_offset=0, block_ids=None)
     if mask.q_segment_ids is not None:
         mask = replace(mask, kv_segment_ids=mask.key_segments)
-    if balanced := _can_be_balanced(mask, q.shape[1]):
-        own = q, k, v, mask.q_segment_ids, mask.kv_segment_ids
-        q, k, v, q_segments, kv_segments = dealt(own, axis)
-        mask = replace(mask, q_segment_ids=q_segments, kv_segment_ids=kv_segments)
+    if balanced := can_be_balanced(mask, q.shape[1], k.shape[1]):
+        own = q, k, v, mask.q_segment_ids, mask.kv_segment_ids, mask.block_ids
+        q, k, v, q_segments, kv_segments, block_ids = dealt(own, axis)
+        mask = replace(mask, q_segment_ids=q_segments, kv_segment_ids=kv_segments, block_ids=block_ids)
     out, lse = _ring(run, axis, balanced, q, k, v, mask, scale, softcap)
     if balanced:
         out, lse = in_order((out, lse), axis)
@@ -71,16 +61,19 @@ def _forward(run, axis, balanced, q, k, v, mask, scale, softcap):
     shape = (*q.shape[:3], v.shape[-1])
     out, lse = jnp.zeros(shape, stats), jnp.full(shape[:3], -jnp.inf, stats)
 
-    def part(mask, queries, keys):
+    def compute(mask, queries, keys):
         return run(*queries, *keys, mask, scale, softcap, None), ()
 
-    keys, nothing = (k, v, mask.kv_segment_ids), ((jnp.zeros_like(out, q.dtype), jnp.full_like(lse, -jnp.inf)), ())
-    for step, work in enumerate(_steps(mask, q.shape[1], lax.axis_size(axis), balanced)):
-        keys = _pass_on(keys, axis, 1) if step else keys
-        (part_out, part_lse), _ = _on_this_device(part, nothing, work, step, axis, balanced, mask, (q,), keys)
-        total = jnp.logaddexp(lse, part_lse)
-        out = out * _share(lse, total) + part_out * _share(part_lse, total)
-        lse = total
+    keys, nothing = _Keys.of(k, v, mask), ((jnp.zeros_like(out, q.dtype), jnp.full_like(lse, -jnp.inf)), ())
+    come = 0
+    for places, parts in steps(mask, q.shape[1], k.shape[1], lax.axis_size(axis), balanced):
+        keys, come = _pass_on(keys, axis, places - come), places
+        for works in parts:
+            found = _on_this_device(compute, nothing, works, places, axis, balanced, mask, (q,), keys)
+            (part_out, part_lse), _ = found
+            total = jnp.logaddexp(lse, part_lse)
+            out = out * _share(lse, total) + part_out * _share(part_lse, total)
+            lse = total
     out = out.astype(q.dtype)
     return (out, lse), (q, k, v, mask, out, lse)
 
@@ -91,7 +84,7 @@ def _backward(run, axis, balanced, scale, softcap, saved, cotangents):
     stats = lse.dtype
     delta = jnp.sum(d_out.astype(stats) * out, axis=-1) - d_lse
 
-    def part(mask, queries, keys):
+    def compute(mask, queries, keys):
         q, d_out, lse, delta = queries
         (part_out, part_lse), pull = jax.vjp(lambda *x: run(*x, mask, scale, softcap, None), q, *keys)
         # out = sum of share · part_out, share = exp(part_lse - lse)
@@ -102,14 +95,15 @@ def _backward(run, axis, balanced, scale, softcap, saved, cotangents):
         d_q, d_k, d_v = (x.astype(stats) for x in pull((d_part_out, d_part_lse)))
         return (d_q,), (d_k, d_v)
 
-    queries, keys = (q, d_out, lse, delta), (k, v, mask.kv_segment_ids)
+    queries, keys = (q, d_out, lse, delta), _Keys.of(k, v, mask)
     d_q, d_k, d_v = (jnp.zeros(x.shape, stats) for x in (q, k, v))
-    nothing, steps = ((d_q,), (d_k, d_v)), _steps(mask, q.shape[1], lax.axis_size(axis), balanced)
-    for step, work in enumerate(steps):
-        keys, d_k, d_v = _pass_on((keys, d_k, d_v), axis, 1) if step else (keys, d_k, d_v)
-        (more_q,), (more_k, more_v) = _on_this_device(part, nothing, work, step, axis, balanced, mask, queries, keys)
-        d_q, d_k, d_v = d_q + more_q, d_k + more_k, d_v + more_v
-    d_k, d_v = _pass_on((d_k, d_v), axis, 1 - len(steps))  # home
+    nothing, come = ((d_q,), (d_k, d_v)), 0
+    for places, parts in steps(mask, q.shape[1], k.shape[1], lax.axis_size(axis), balanced):
+        (keys, d_k, d_v), come = _pass_on((keys, d_k, d_v), axis, places - come), places
+        for works in parts:
+            found = _on_this_device(compute, nothing, works, places, axis, balanced, mask, queries, keys)
+            d_q, d_k, d_v = jax.tree.map(jnp.add, (d_q, d_k, d_v), (*found[0], *found[1]))
+    d_k, d_v = _pass_on((d_k, d_v), axis, -come)  # home
     return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), None
 
 
@@ -121,94 +115,74 @@ def _share(part, total):
     return jnp.exp(part - jnp.where(jnp.isneginf(total), 0, total))[..., None]
 
 
-class Work(NamedTuple):
-    """What a device computes in a step: which of its queries meet which of the keys that it holds, in what order."""
+class _Keys(NamedTuple):
+    """What travels."""
 
-    order: Mask
-    queries: slice
-    keys: slice
+    k: jax.Array
+    v: jax.Array
+    segments: jax.Array | None
+    blocks: jax.Array | None
 
-
-def _steps(mask: Mask, length: int, parts: int, balanced: bool) -> list[tuple[Work | None, Work | None]]:
-    """For each step that shows anybody anything: the work of devices d >= step, and of the others; None: nothing."""
-    whole = slice(0, length)
-    if balanced:  # early pieces of devices d - r come before its own two, late ones after; of the others both between
-        early, late, all_of_it = slice(0, length // 2), slice(length // 2, length), replace(mask, causal=False)
-        later = Work(all_of_it, whole, early), Work(all_of_it, late, whole)
-        return [(Work(mask, whole, whole), None)] + [later] * (parts - 1)
-
-    def work(offset: int) -> Work | None:
-        order = _order(mask, offset, length)
-        return None if order is None else Work(order, whole, whole)
-
-    works = [(work(r * length), work((r - parts) * length)) for r in range(parts)]
-    while works[-1] == (None, None):
-        works.pop()
-    return works
+    @classmethod
+    def of(cls, k, v, mask: Mask) -> "_Keys":
+        return cls(k, v, mask.kv_segment_ids, mask.block_ids)
 
 
-def _order(mask: Mask, offset: int, length: int) -> Mask | None:
-    """The mask for keys that lie `offset` behind the queries; None where the order shows nothing."""
-    if not mask.causal:
-        return mask
-    nearest, farthest = offset - length + 1, offset + length - 1
-    window = farthest + 1 if mask.window is None else mask.window
-    if mask.prefix_length is None and (farthest < 0 or nearest >= window):
-        return None
-    if nearest >= 0 and farthest < window:
-        return replace(mask, causal=False, window=None, prefix_length=None)
-    return replace(mask, q_offset=offset)
-
-
-def _on_this_device(compute, nothing, work, step: int, axis, balanced: bool, mask: Mask, queries, keys):
+def _on_this_device(compute, nothing, works, places: int, axis, balanced: bool, mask: Mask, queries, keys: _Keys):
     """compute(mask, queries, keys) of this device's work in this step, put into `nothing` where it belongs.
 
-    All trees of arrays whose second dimension is L: `queries` and the first of what comes back are by query, (k, v) of
+    All trees of arrays whose second dimension is L or M: `queries` and the first of what comes back are by query,
     `keys` and the second by key.
     """
-    k, v, segments = keys
-    parts, length = lax.axis_size(axis), k.shape[1]
-    source = (lax.axis_index(axis) - step) % parts
-    starts = [source * length]
+    devices, num_queries, num_keys = lax.axis_size(axis), queries[0].shape[1], keys.k.shape[1]
+    device = lax.axis_index(axis)
+    source = (device - places) % devices
+    starts = [source * num_keys]
     if balanced:
-        starts = [source * (length // 2), (2 * parts - 1 - source) * (length // 2)]
+        starts = [source * (num_keys // 2), (2 * devices - 1 - source) * (num_keys // 2)]
 
     def branch(work: Work | None):
         if work is None:
             return lambda: nothing
-        own, q_at, k_at = work
-        if segments is not None:
-            own = replace(own, q_segment_ids=own.q_segment_ids[:, q_at], kv_segment_ids=segments[:, k_at])
+        own, q_at, k_at = work.order, work.queries, work.keys
+        if own.q_segment_ids is not None:
+            own = replace(own, q_segment_ids=own.q_segment_ids[:, q_at], kv_segment_ids=keys.segments[:, k_at])
+        if work.moves:
+            own = replace(own, q_offset=own.q_offset + device * num_queries - starts[0])
         if own.prefix_length is not None:
             own = replace(own, prefix_length=own.prefix_length - starts[0])
         if own.kv_length is not None:  # a piece before another one ends is whole
-            size = length // len(starts)
+            size = num_keys // len(starts)
             there = sum(jnp.clip(own.kv_length - start, 0, size) for start in starts)
-            own = replace(own, kv_length=jnp.minimum(there, k_at.stop))
+            own = replace(own, kv_length=jnp.clip(there - k_at.start, 0, k_at.stop - k_at.start))
 
-        def run():
-            found = compute(own, tuple(x[:, q_at] for x in queries), (k[:, k_at], v[:, k_at]))
+        def run(own=own):
+            found = compute(own, tuple(x[:, q_at] for x in queries), (keys.k[:, k_at], keys.v[:, k_at]))
             return tuple(
                 jax.tree.map(lambda all_of_it, x, at=at: all_of_it.at[:, at].set(x), *pair)
                 for at, *pair in zip((q_at, k_at), nothing, found, strict=True)
             )
 
+        if work.moves:
+            return lambda: lax.cond(shows_something(own, num_queries, num_keys), run, lambda: nothing)
+        if work.of_blocks:
+            ids = mask.block_ids[:, q_at], keys.blocks[:, k_at]
+            if mask.prefix_length is not None:  # the order shows what lies before
+                places_of_keys = starts[0] + lax.iota(jnp.int32, num_keys)[k_at]
+                in_prefix = places_of_keys < jnp.reshape(mask.prefix_length, (-1, 1))
+                ids = ids[0], jnp.where(in_prefix, 0, ids[1])
+            return lambda: lax.cond(may_meet(*ids), lambda: run(of_pairs(own, *ids)), lambda: nothing)
         return run
 
-    behind, ahead = work
-    if step == 0 or not mask.causal:
+    behind, ahead = works
+    if places == 0 or behind is ahead:
         return branch(behind)()
-    return lax.cond(lax.axis_index(axis) >= step, branch(behind), branch(ahead))
-
-
-def _can_be_balanced(mask: Mask, length: int) -> bool:
-    """A window already bounds what a device does, and a prefix is seen by all."""
-    return mask.causal and mask.window is None and mask.prefix_length is None and length % 2 == 0
+    return lax.cond(device >= places, branch(behind), branch(ahead))
 
 
 def _pass_on(tree, axis, places: int):
     """Everything to the device that stands `places` further on."""
-    parts = lax.axis_size(axis)
+    devices = lax.axis_size(axis)
     if places == 0:
         return tree
-    return lax.ppermute(tree, axis, [(source, (source + places) % parts) for source in range(parts)])
+    return lax.ppermute(tree, axis, [(source, (source + places) % devices) for source in range(devices)])

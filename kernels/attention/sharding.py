@@ -46,7 +46,8 @@ def over_mesh(
     if text is not None and heads_first:
         raise ValueError(f"{spec} splits T = {q.shape[1]} new tokens: they read the whole cache, split rows and heads")
     ways = [_ways(axes, mesh) for axes in (rows, text, heads)]
-    for name, size, parts in zip("BTN", q.shape, ways, strict=False):
+    sizes = (*q.shape[:3], *(() if text is None else k.shape[1:2]))
+    for name, size, parts in zip("BTNS", sizes, (*ways, ways[1]), strict=False):
         if size % parts:
             raise ValueError(f"{name} = {size} is not divisible by the {parts} devices that {spec} splits it over")
     num_kv_heads, head_ways = jax.tree.leaves(k)[0].shape[key_heads], ways[2]
@@ -56,8 +57,6 @@ def over_mesh(
             f"{num_kv_heads} key heads can't be split over the {head_ways} devices of {heads!r}: one number must "
             f"divide the other"
         )
-    if text is not None:
-        ring.check(mask, q.shape[1], k.shape[1])
 
     def on_device(q, k, v, mask, sinks):
         if share_key_head:

@@ -22,6 +22,7 @@ from jax import lax
 
 from kernels.attention.mask import Mask, clear_padding, key_range, visible
 from kernels.backends import left_to_xla
+from kernels.precision import precision
 
 TOGETHER = 8 * 1024 * 1024  # logits in all; of more, one head's after the other's are made
 ROWS_LOGITS = 2 * 1024 * 1024  # of a head: as many rows of the batch go together, as small products waste cores
@@ -251,7 +252,8 @@ def _each_block(step, carry, piece: Piece):
 
 
 def _dot(spec: str, a, b):
-    return jnp.einsum(spec, a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
+    wide = jnp.promote_types(a.dtype, jnp.float32)
+    return jnp.einsum(spec, a, b, precision=precision(a.dtype), preferred_element_type=wide)
 
 
 def _group(x, num_kv_heads: int):

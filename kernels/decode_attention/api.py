@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from kernels.attention.arguments import DTYPES, check
-from kernels.attention.mask import Mask
+from kernels.attention.mask import Mask, in_int32
 from kernels.attention.sharding import over_mesh
 from kernels.backends import EVERYWHERE, Backend, choose, lazily
 from kernels.decode_attention import reference, xla
@@ -55,10 +55,11 @@ def decode_attention(
         ValueError: shapes that do not fit, an unknown backend, one that can't do what is asked, or a spec that does
             not fit the mesh or the shapes.
         TypeError: q of none of bfloat16, float32, float64; k or v neither of q's type nor quantised to int8 or
-            float8_e4m3fn; masks that are no integers.
+            float8_e4m3fn; a mask that is no `Mask`, or whose arrays hold no integers.
         NotImplementedError: somebody differentiates it.
     """
     mask = Mask() if mask is None else mask
+    sinks = None if sinks is None else jnp.asarray(sinks)
     values = (x.values if isinstance(x, QuantizedVectors) else x for x in (k, v))
     check(q, *values, mask, logit_softcap, sinks, heads_first=True)
     if q.dtype not in DTYPES:
@@ -69,7 +70,7 @@ def decode_attention(
     run = functools.partial(_run, backend)
     if spec is not None:
         run = functools.partial(over_mesh, run, spec, heads_first=True)
-    return _without_gradient(run, scale, logit_softcap, q, k, v, mask, sinks).astype(q.dtype)
+    return _without_gradient(run, scale, logit_softcap, q, k, v, in_int32(mask), sinks).astype(q.dtype)
 
 
 def _run(backend: str, *arguments):

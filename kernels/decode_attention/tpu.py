@@ -20,9 +20,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from kernels import varying
 from kernels.attention.mask import Mask, visible
-from kernels.backends import left_to_xla, target
+from kernels.backends import left_to_xla
 from kernels.decode_attention.quantized import QuantizedVectors
+from kernels.precision import precision
 
 MAX_QUERIES = 31  # tokens: which of them see a slot is one int32
 STEP_SECONDS = 1.5e-6  # that a step's copy should take: less is latency, more is read in vain at a row's end
@@ -53,12 +55,12 @@ class Work(NamedTuple):
 
 
 def refusal(q, k, v, mask: Mask, scale: float, logit_softcap, sinks) -> str | None:
-    if target() != "tpu":
-        return f"it is for TPUs, and this is compiled for {target()}"
     if q.dtype == jnp.float64:
         return "TPUs have no float64"
     if left_to_xla():
         return "XLA can't split a kernel over a mesh: say by spec how rows and heads lie"
+    if reason := varying.refusal((q, k, v, mask, sinks)):
+        return reason
     if q.shape[1] > MAX_QUERIES:
         return f"it takes at most {MAX_QUERIES} new tokens, found {q.shape[1]}: kernels.attention is for more"
     return None
@@ -254,6 +256,5 @@ def _body(row_of, turned, num_queries, scale, softcap, codes, *refs):
 
 def _dot(a, b, b_axis: int):
     """Of each head, over a's last axis and b's `b_axis`, summed in float32."""
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     dimensions = (((2,), (b_axis,)), ((0,), (0,)))
-    return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
+    return lax.dot_general(a, b, dimensions, precision=precision(a.dtype), preferred_element_type=jnp.float32)

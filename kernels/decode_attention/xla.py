@@ -1,10 +1,13 @@
 """Decoding in plain XLA operations, for every platform: all logits of the few queries at once, keys never repeated."""
 
+import functools
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kernels.attention.mask import Mask, visible
 from kernels.decode_attention.quantized import QuantizedVectors
+from kernels.precision import precision
 
 
 def decode_attention(
@@ -27,7 +30,8 @@ def decode_attention(
         seen = jnp.broadcast_to(seen, (seen.shape[0], num_queries, seen.shape[2]))
         seen_by_any = jnp.any(seen, axis=1)[:, None]
 
-    logits = jnp.einsum("bkrh,bksh->bkrs", rows, k.astype(q.dtype), preferred_element_type=stats) * scale
+    product = functools.partial(jnp.einsum, precision=precision(q.dtype), preferred_element_type=stats)
+    logits = product("bkrh,bksh->bkrs", rows, k.astype(q.dtype)) * scale
     if k_scales is not None:
         logits = logits * k_scales[:, :, None]
     if logit_softcap is not None:
@@ -48,9 +52,7 @@ def decode_attention(
         v_scales = None if v_scales is None else jnp.where(seen_by_any, v_scales, 0)
     if v_scales is not None:
         weights = weights * v_scales[:, :, None]
-    out = (
-        jnp.einsum("bkrs,bksh->bkrh", weights.astype(q.dtype), v.astype(q.dtype), preferred_element_type=stats) / total
-    )
+    out = product("bkrs,bksh->bkrh", weights.astype(q.dtype), v.astype(q.dtype)) / total
     if seen is not None:
         out = jnp.where(jnp.any(seen_rows, axis=-1, keepdims=True), out, 0)
     out = out.reshape(batch, num_kv_heads, -1, num_queries, v.shape[-1]).transpose(0, 3, 1, 2, 4)

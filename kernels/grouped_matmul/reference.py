@@ -23,6 +23,6 @@ def grouped_matmul(
     live = jnp.any(own, axis=1, keepdims=True)  # 0 times NaN must not reach anything
     wide = jnp.promote_types(x.dtype, jnp.float32)
     x, letters = jnp.where(live, x, 0).astype(wide), "md,efd->mef" if turned else "md,edf->mef"
-    each = [jnp.einsum(letters, x, w.astype(wide)) for w in matrices]
+    each = [jnp.einsum(letters, x, w.astype(wide), precision="highest") for w in matrices]
     y = each[0] if activation is None else activation(each[0]) * each[1]
     return jnp.sum(jnp.where(own[:, :, None], y, 0), axis=1)

@@ -11,6 +11,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from kernels.precision import precision
+from kernels.varying import alike
+
 # Rows of one product: in a large group, enough to be worth the copy of a matrix; its rest is done in smaller ones.
 BLOCKS = (1024, 256, 64)
 
@@ -54,10 +57,11 @@ def _products(x, w, group_sizes, turned):
 
     def one_block(y, group, rows, own):
         matrix = lax.dynamic_index_in_dim(w, group, keepdims=False).astype(x.dtype)
-        product = lax.dot_general(rows(x), matrix, dimensions, preferred_element_type=wide)
+        product = _dot(rows(x), matrix, dimensions, wide)
         return rows(y, product if own is None else jnp.where(own, product, rows(y)))
 
-    return _over_blocks(one_block, jnp.zeros((x.shape[0], w.shape[1 if turned else 2]), wide), x.shape[0], group_sizes)
+    zeros, *_ = alike((jnp.zeros((x.shape[0], w.shape[1 if turned else 2]), wide), x))
+    return _over_blocks(one_block, zeros, x.shape[0], group_sizes)
 
 
 def _outer(a, b, group_sizes):
@@ -67,11 +71,15 @@ def _outer(a, b, group_sizes):
     def one_block(dw, group, rows, own):
         # Both are cleared: what stands outside the group may be anything, also NaN.
         pair = (rows(x) if own is None else jnp.where(own, rows(x), 0) for x in (a, b))
-        product = lax.dot_general(*pair, (((0,), (0,)), ((), ())), preferred_element_type=wide)
+        product = _dot(*pair, (((0,), (0,)), ((), ())), wide)
         return dw.at[group].add(product)
 
-    zeros = jnp.zeros((len(group_sizes), a.shape[1], b.shape[1]), wide)
+    zeros, *_ = alike((jnp.zeros((len(group_sizes), a.shape[1], b.shape[1]), wide), a))
     return _over_blocks(one_block, zeros, a.shape[0], group_sizes)
+
+
+def _dot(a, b, dimensions, wide):
+    return lax.dot_general(a, b, dimensions, precision=precision(a.dtype), preferred_element_type=wide)
 
 
 def _over_blocks(step, carry, count: int, group_sizes):
@@ -80,10 +88,10 @@ def _over_blocks(step, carry, count: int, group_sizes):
     `rows(array)` are the block's rows, `rows(array, new)` is the array with others in their place. `own` (block 1) says
     which of them are the group's; None where all are.
     """
-    if not count:
+    if not count or not len(group_sizes):
         return carry
-    ends = jnp.cumsum(group_sizes)
-    following = ends - group_sizes  # the row of each group that is next
+    ends = jnp.minimum(jnp.cumsum(group_sizes), count)
+    following = jnp.concatenate([ends[:1] * 0, ends[:-1]])  # the row of each group that is next
     *whole, smallest = _blocks(count, len(group_sizes))
     for block in whole:
         blocks = (ends - following) // block

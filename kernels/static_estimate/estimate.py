@@ -25,7 +25,8 @@ class Geometry:
         steps: steps of the grid; None takes the grid's own size, which must then be static.
         trips: passes of each loop inside a step.
         shares: for each conditional part that multiplies inside a loop or a body, in how many of the passes through
-            that it runs (0 to 1); none given: in all.
+            that it runs (0 to 1); none given: in all. One that only holds others which multiply has no share: the
+            compiler asks first whether any of them runs.
         hbm_bytes: read from and written to HBM; 0 leaves the memory bound out.
     """
 
@@ -113,7 +114,7 @@ def estimate(kernel: Kernel, geometry: Geometry, chip: str) -> Estimate:
     inside = sorted((part for top in tops for part in top.walk() if part is not top), key=_start)
     loops = [part for part in inside if part.kind == "loop"]
     passes = _for_each("loops inside a step", loops, geometry.trips, kernel.name)
-    branches = [part for part in inside if part.kind == "branch" and part.all_matmuls] if geometry.shares else []
+    branches = [part for part in inside if part.kind == "branch" and _multiplies(part)] if geometry.shares else []
     shares = _for_each("conditional parts that multiply inside others", branches, geometry.shares, kernel.name)
     runs_of = {id(part): count for part, count in zip((*loops, *branches), (*passes, *shares), strict=True)}
 
@@ -136,6 +137,11 @@ def estimate(kernel: Kernel, geometry: Geometry, chip: str) -> Estimate:
 
 def _start(part: Part) -> int:
     return part.start
+
+
+def _multiplies(part: Part) -> bool:
+    """Itself or in a loop of its own: not only in branches inside it."""
+    return bool(part.matmuls) or any(inner.kind == "loop" and _multiplies(inner) for inner in part.parts)
 
 
 def _for_each(what: str, parts: Sequence[Part], counts: tuple[float, ...], name: str) -> tuple[float, ...]:

@@ -92,7 +92,11 @@ def test_auto_says_once_what_it_took(caplog):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"backend": "flash"}, ValueError, "no backend 'flash'; there are: auto, tpu, cudnn, xla, reference"),
+        (
+            {"backend": "flash"},
+            ValueError,
+            "no backend 'flash'; there are: auto, tpu, cudnn, mosaic_gpu, xla, reference",
+        ),
         ({"k": (1, 4, 3, 8), "v": (1, 4, 3, 8)}, ValueError, "multiple of the key heads"),
         ({"k": (1, 4, 2, 9)}, ValueError, "q and k also H"),
         ({"v": (1, 5, 2, 8)}, ValueError, "k and v also S and K"),

@@ -91,7 +91,7 @@ ONLY = {
     "a head of a row at a time": ("packed", "two sides", "bfloat16, all"),
 }
 # Interpreted, a case takes seconds. The TPU's kernels want widths in eights.
-SLOW = {("tpu", name) for name in PROGRAMS} - {("tpu", "two sides"), ("tpu", "bfloat16, all")}
+SLOW = {("tpu", name) for name in PROGRAMS}
 CASES = [
     pytest.param(run, name, marks=[pytest.mark.slow] * ((run, name) in SLOW))
     for run in RUNS

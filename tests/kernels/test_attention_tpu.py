@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_in_float64 import NAMES, assert_close, exact
+from cases import quick_and_slow
 from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec
 
@@ -95,16 +96,22 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_float32(small, name):
-    mask, options, shape = CASES[name]
+QUICK = "full, cut", "lengths and offsets of rows", "packed, any order", "packed, images, window"
+
+
+@pytest.mark.parametrize("mask, options, shape", quick_and_slow(CASES, QUICK))
+def test_float32(small, mask, options, shape):
     qkv = inputs(1, **shape)
     assert_close(ours(qkv, mask, **options), expected(qkv, mask, **options), 1e-5)
 
 
-@pytest.mark.parametrize("name", ["causal, sinks, softcap", "lengths and offsets of rows", "packed, images, window"])
-def test_float32_without_a_running_maximum(small, name):
-    mask, options, shape = CASES[name]
+BOUNDED = ["causal, sinks, softcap", "lengths and offsets of rows", "packed, images, window"]
+
+
+@pytest.mark.parametrize(
+    "mask, options, shape", quick_and_slow({name: CASES[name] for name in BOUNDED}, ["packed, images, window"])
+)
+def test_float32_without_a_running_maximum(small, mask, options, shape):
     qkv = inputs(1, **shape)
     assert_close(ours(qkv, mask, max_logit=40.0, **options), expected(qkv, mask, **options), 1e-5)
 
@@ -125,6 +132,7 @@ def test_a_bound_too_high_to_be_safe_keeps_the_running_maximum(small, max_logit)
         np.testing.assert_array_equal(found[name], value, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_bound_on_a_mesh(small):
     """A traced one, of which only its truth is asked: it has no gradient. An untrue one shows that it was used."""
     q, k, v = inputs(1, queries=20)
@@ -159,6 +167,7 @@ def test_a_bound_on_a_mesh(small):
     ],
     ids=["causal", "everything"],
 )
+@pytest.mark.slow
 def test_keys_in_pieces_give_the_same_gradients(small, monkeypatch, mask):
     qkv = inputs(2, queries=260, keys=600)
     whole = ours(qkv, mask)
@@ -184,7 +193,7 @@ def test_pieces_are_even():
     ],
     ids=["no keys", "before all", "other segment", "padding"],
 )
-@pytest.mark.parametrize("max_logit", [None, 40.0])
+@pytest.mark.parametrize("max_logit", [None, pytest.param(40.0, marks=pytest.mark.slow)])
 def test_a_row_that_sees_nothing_gives_zero_and_no_gradient(small, mask, max_logit):
     found = ours(inputs(3), mask, max_logit=max_logit)
     assert np.isneginf(found.pop("lse")).all()

@@ -81,6 +81,7 @@ def run(backend, q, k, v, mask=None, **options):
 BACKENDS = ["tpu", "xla", "reference"]
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(cases(), st.sampled_from(["tpu", "xla"]))
 def test_float32_over_the_grid(case, backend):
@@ -214,7 +215,7 @@ def test_split_over_batch_and_heads_nothing_is_gathered():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"backend": "tpu"}, ValueError, "can't do this: it is for TPUs, and this is compiled for cpu"),
+        ({"backend": "tpu"}, ValueError, "can't do this: it is for tpu, and this is compiled for cpu"),
         ({"backend": "flash"}, ValueError, "no backend 'flash'; there are: auto, "),
         ({"q": (1, 2, 5, 8)}, ValueError, "multiple of the key heads"),
         ({"k": (1, 2, 30, 9)}, ValueError, "q and k also H"),

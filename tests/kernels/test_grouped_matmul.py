@@ -73,6 +73,33 @@ def test_nothing_leaks_from_behind_the_last_group(backend):
         np.testing.assert_array_equal(clean, found)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "sizes", [[256, 256], [100, 412], [0, 300], [300, 1], [40, 2**31 - 10], [2**31 - 1, 2**31 - 1]], ids=str
+)
+def test_of_sizes_beyond_the_rows_the_excess_counts_for_nothing(backend, sizes):
+    x, w, dy = (jnp.asarray(a, jnp.float32) for a in arrays([256, 0], 0, 6, 4))
+    fitting = np.diff(np.minimum(np.cumsum(sizes), 256), prepend=0)
+    y, back = jax.vjp(lambda x, w: grouped_matmul(x, w, jnp.array(sizes), backend=backend), x, w)
+    for got, true in zip((y, *back(dy)), exact(x, w, fitting, dy), strict=True):
+        np.testing.assert_allclose(got, true, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "uint32", None])
+def test_sizes_of_any_integers(backend, dtype):
+    x, w, dy = (jnp.asarray(a, jnp.float32) for a in arrays([100, 100, 100], 0, 4, 3))
+    sizes = [100, 100, 100] if dtype is None else np.full(3, 100, dtype)
+    true = exact(x, w, [100, 100, 100], dy)[0]
+    np.testing.assert_allclose(grouped_matmul(x, w, sizes, backend=backend), true, rtol=1e-5, atol=1e-5)
+
+
+def test_no_matrices_leave_no_rows():
+    x, w = jnp.ones((3, 4)), jnp.ones((0, 4, 2))
+    y, (dx, dw) = jax.value_and_grad(lambda x, w: grouped_matmul(x, w, jnp.zeros(0, int)).sum(), (0, 1))(x, w)
+    assert y == 0 and not dx.any() and dw.shape == w.shape
+
+
 def check_gated(sizes, behind, backend, dtype, turned, limit):
     """Against float64; what stands behind the last group is NaN, in what comes from above too."""
     x, up, dy = (jnp.asarray(a, dtype) for a in arrays(sizes, behind, 9, 5))
@@ -162,5 +189,9 @@ def test_bad_arguments_are_named():
         grouped_matmul(x, w, sizes, gate=w[:, :, :4])
     with pytest.raises(TypeError, match="found quantized int8"):
         grouped_matmul(x, w, sizes, gate=QuantizedMatrices(w.astype(jnp.int8), jnp.ones(())))
+    with pytest.raises(TypeError, match="x must hold floats, found int32"):
+        grouped_matmul(x.astype(int), w, sizes)
+    with pytest.raises(TypeError, match="floats or QuantizedMatrices, found int8"):
+        grouped_matmul(x, w.astype(jnp.int8), sizes)
     with pytest.raises(ValueError, match="no backend 'cuda'"):
         grouped_matmul(x, w, sizes, backend="cuda")

@@ -28,6 +28,14 @@ def run(x, w, sizes, dy, turned, chip):
     return y, *back(dy)
 
 
+def test_of_sizes_beyond_the_rows_the_excess_counts_for_nothing():
+    draw = np.random.default_rng(0)
+    x, w, dy = (jnp.asarray(draw.normal(size=shape), jnp.float32) for shape in ((300, 8), (3, 8, 4), (300, 4)))
+    found = run(x, w, jnp.array([200, 150, 9]), dy, False, CHIP)
+    for got, true in zip(found, exact(x, w, [200, 100, 0], dy), strict=True):
+        np.testing.assert_allclose(got, true, rtol=1e-5, atol=1e-4)
+
+
 def check(sizes, rows, inner, width, turned=False, dtype=jnp.float32, limit=1e-5, chip=CHIP):
     """Against float64; what stands behind the last group is NaN."""
     draw, live = np.random.default_rng(0), sum(sizes)
@@ -209,8 +217,6 @@ def test_half_a_product_is_at_most_a_quarter_of_the_average_group(average):
 def test_what_it_refuses(monkeypatch):
     x, w, sizes = jnp.zeros((4, 3)), jnp.zeros((2, 3, 5)), jnp.array([2, 2])
     small = QuantizedMatrices(w.astype(jnp.int8), jnp.ones(()))
-    assert backend.refusal(x, (w,), sizes, False, None) == "it is for TPUs, not for cpu"
-    monkeypatch.setattr(backend, "target", lambda: "tpu")
     monkeypatch.setattr(tiles, "this_chip", lambda: CHIP)
     assert backend.refusal(x, (w,), sizes, False, None) is None
     assert backend.refusal(x, (small,), sizes, False, None) is None

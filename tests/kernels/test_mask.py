@@ -1,12 +1,15 @@
 """Masks against small arrays written by hand, and what a Mask refuses."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import Mask, attention
+from kernels import Mask, attention, decode_attention
 from kernels.attention.mask import key_range, visible
+from kernels.backends import Backend
 
 HAND_WRITTEN = {
     "causal": (
@@ -124,6 +127,9 @@ def test_ints_stay_static_and_arrays_are_leaves():
         ({"q_segment_ids": np.ones((2, 4), int)}, "need kv_segment_ids too"),
         ({"q_segment_ids": np.ones(4, int), "kv_segment_ids": np.ones((2, 6), int)}, r"q_segment_ids .* \(2, 4\)"),
         ({"kv_length": np.ones((2, 1), int)}, r"kv_length must have shape \(\) or \(2,\), found \(2, 1\)"),
+        ({"kv_length": np.array([3, 2**40])}, "kv_length must hold numbers that fit int32, found 3 to 1099511627776"),
+        ({"q_offset": -(2**31) - 1}, "q_offset must hold numbers that fit int32"),
+        ({"q_segment_ids": np.full((2, 4), 2**32), "kv_segment_ids": np.ones((2, 6), int)}, "q_segment_ids .* int32"),
         ({"causal": True, "block_ids": np.ones((2, 4), int)}, "block_ids needs as many keys as queries"),
     ],
 )
@@ -131,6 +137,59 @@ def test_what_does_not_fit_is_refused(fields, message):
     q, k = np.zeros((2, 4, 2, 8), np.float32), np.zeros((2, 6, 2, 8), np.float32)
     with pytest.raises(ValueError, match=message):
         attention(q, k, k, Mask(**fields))
+
+
+def test_numpys_numbers_say_the_same():
+    mask = Mask(causal=np.True_, window=np.int64(3), prefix_length=np.int32(2), q_offset=np.array([1, 2], np.int8))
+    assert len(jax.tree.leaves(mask)) == 2 and mask.causal is True and type(mask.window) is int
+    q = np.random.default_rng(0).standard_normal((2, 6, 1, 4)).astype(np.float32)
+    expected = attention(q, q, q, Mask(causal=True, window=3, prefix_length=2, q_offset=np.array([1, 2])))
+    np.testing.assert_array_equal(jax.jit(attention)(q, q, q, mask), expected)
+
+
+@pytest.mark.parametrize("window", [2**30, 2**31 - 1, 2**40])
+def test_a_window_longer_than_any_text_is_none(window):
+    assert Mask(causal=True, window=window).window is None
+    with pytest.raises(ValueError, match="needs causal=True"):
+        Mask(window=window)
+    q = np.random.default_rng(0).standard_normal((1, 4, 1, 4)).astype(np.float32)
+    all_of_it = Mask(causal=True, prefix_length=window, kv_length=window)
+    np.testing.assert_array_equal(attention(q, q, q, all_of_it), attention(q, q, q, Mask(causal=True, prefix_length=4)))
+
+
+@pytest.mark.parametrize("kernel", [attention, decode_attention])
+def test_every_backend_counts_in_int32(monkeypatch, kernel):
+    seen = []
+
+    def spy(q, k, v, mask, *rest):
+        seen.append(mask)
+        return (q, q) if kernel is attention else q
+
+    monkeypatch.setitem(sys.modules[kernel.__module__].BACKENDS, "spy", Backend((), spy))
+    q = np.zeros((2, 4, 4, 8), np.float32)
+    mask = Mask(
+        kv_length=np.array([3, 1], np.int8), q_segment_ids=np.ones((2, 4), np.uint8), q_offset=jnp.array(1, "uint32")
+    )
+    kernel(q, q, q, mask, backend="spy")
+    assert [leaf.dtype for leaf in jax.tree.leaves(seen)] == [np.int32] * 3
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: attention(*[np.zeros((1, 2, 1, 4), np.float32)] * 3, Mask(kv_length=[3])), "int or an array, found"),
+        (lambda: Mask(causal="yes"), "Mask.causal must be True or False, found 'yes'"),
+        (lambda: Mask(causal=True, window=4.0), "Mask.window must be an int that is known when tracing, found 4.0"),
+        (lambda: jax.jit(lambda n: Mask(causal=True, window=n).window)(3), "known when tracing, found .*int32"),
+        (
+            lambda: attention(*[np.zeros((1, 2, 1, 4), np.float32)] * 3, np.ones((1, 2, 2), bool)),
+            "found ndarray: T x S",
+        ),
+    ],
+)
+def test_what_is_no_mask_is_refused(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
 
 
 def test_lengths_are_integers():

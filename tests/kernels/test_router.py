@@ -136,6 +136,12 @@ def test_extreme_logits_stay_finite(scoring, size):
     assert np.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_no_tokens_go_nowhere(groups):
+    routes = route(jnp.zeros((0, 8)), 2, groups=groups)
+    assert routes.weights.shape == (0, 2) and not routes.counts.any() and routes.z == 0
+
+
 def test_bad_arguments_are_named():
     logits = jnp.zeros((3, 4))
     for call, message in [

@@ -207,6 +207,8 @@ def test_branches_inside_a_loop_run_as_often_as_their_shares_say():
     assert taken.cycle_milliseconds == pytest.approx(4 * (6 + 2.5 * (5 + 7 + floor + 30)) / 1.5e6)
     with pytest.raises(ValueError, match="has 2 conditional parts that multiply inside others .* gives 3 numbers"):
         estimate(toy, Geometry(trips=(2.5,), shares=(0.5, 0.25, 0.25)), "v5e")
+    inner.parts = [Part("branch", 3, 7, bundles=0, parts=branches), beside]  # the compiler asks first
+    assert estimate(toy, Geometry(trips=(2.5,), shares=(0.75, 0.25)), "v5e") == found
 
 
 EXIT = """\

@@ -2,27 +2,33 @@
 
 import argparse
 import copy
+import itertools
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-tuning = pytest.importorskip("kernels.attention.tpu.tuning", reason="attention has no backend for TPUs yet")
-
-from kernels import Mask, attention, tune  # noqa: E402
-from kernels.static_estimate import CHIPS, chip_process, compile_program  # noqa: E402
+from kernels import Mask, attention, tune
+from kernels.attention.tpu import tuning
+from kernels.static_estimate import CHIPS, chip_process, compile_program
 
 SIZES = tuning.Sizes(256, 512, 128, 256, heads=1)
 
 
 def test_candidates_are_all_whose_tiles_divide_their_blocks():
-    options = argparse.Namespace(
-        queries=[512, 768], keys=[512], tile_queries=[512], tile_keys=[256], heads_per_step=[1, 2]
-    )
-    found = tune.candidates(options)
-    assert {sizes.queries for sizes in found} == {512}
-    assert {(sizes.heads, sizes.lp_scheduler) for sizes in found} == {(1, True), (1, False), (2, True), (2, False)}
-    assert len(found) == 4
+    sides = dict(queries=[512, 768], keys=[512], tile_queries=[512], tile_keys=[256])
+    options = argparse.Namespace(kernel="forward", **sides, heads_per_step=[1, 2], diagonal_keys=[128, 256, 512, 192])
+    found = tune.candidates(options)  # 512 is cut to the tile, and 192 divides no block
+    assert {sizes[:4] for sizes in found} == {(512, 512, 512, 256)}
+    choices = {(sizes.heads, sizes.diagonal_keys, sizes.lp_scheduler) for sizes in found}
+    assert choices == set(itertools.product((1, 2), (128, 256), (True, False)))
+    assert len(found) == 8
+
+
+def test_the_backward_kernel_takes_one_head_at_a_time():
+    sides = dict(queries=[512], keys=[512], tile_queries=[512], tile_keys=[512])
+    found = tune.candidates(argparse.Namespace(kernel="backward", **sides, heads_per_step=[1, 2], diagonal_keys=[256]))
+    assert [(sizes.heads, sizes.lp_scheduler) for sizes in found] == [(1, True), (1, False)]
 
 
 def test_the_best_comes_last_and_what_fails_is_said_and_left_out(capsys):
@@ -35,14 +41,23 @@ def test_the_best_comes_last_and_what_fails_is_said_and_left_out(capsys):
     assert "failed  3: no room in VMEM" in capsys.readouterr().out
 
 
-def test_sizes_are_used_for_that_kernel_alone(monkeypatch):
-    monkeypatch.setattr(tuning, "CHIPS", copy.deepcopy(tuning.CHIPS))
-    monkeypatch.setattr(tuning, "_chip_table", lambda: next(iter(tuning.CHIPS.values())))
-    problem = tune.Problem("forward", 1, 1024, 2, 1, 64, True, None)
-    arrays, before = problem.arrays(), tuning.backward(*problem.arrays(), problem.mask)
-    tune.use("forward", SIZES)
-    assert tuning.forward(*arrays, problem.mask) == SIZES
-    assert tuning.backward(*arrays, problem.mask) == before != SIZES
+@pytest.mark.parametrize("documents", [None, (1000, 24)], ids=["whole", "packed"])
+@pytest.mark.parametrize("kind", ["TPU v5 lite", "TPU v5", "TPU v6 lite", "TPU7x", "none that is in the table"])
+def test_sizes_are_used_for_that_kernel_alone_on_every_chip(monkeypatch, kind, documents):
+    for table in ("CHIPS", "DEFAULT"):
+        monkeypatch.setattr(tuning, table, copy.deepcopy(getattr(tuning, table)))
+    problem = tune.Problem("forward", 1, 1024, 2, 1, 64, True, None, documents)
+    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=1, platform="tpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((1,), ("x",), abstract_device=device)):
+        arrays, before = problem.arrays(), tuning.backward(*problem.arrays(), problem.mask)
+        tune.use("forward", SIZES)
+        assert tuning.forward(*arrays, problem.mask) == SIZES
+        assert tuning.backward(*arrays, problem.mask) == before != SIZES
+
+
+def test_packed_texts_are_told_apart():
+    ids = tune.Problem("forward", 2, 5, 2, 1, 64, True, None, (3, 2)).mask.q_segment_ids
+    assert ids.tolist() == [[1, 1, 1, 2, 2]] * 2
 
 
 def test_the_clock_calls_with_arrays_of_those_shapes():

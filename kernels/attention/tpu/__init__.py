@@ -1,5 +1,6 @@
 """Flash attention for TPUs in Pallas Mosaic, forward and backward. Pallas is imported when it is called."""
 
+from kernels import varying
 from kernels.attention.mask import Mask
 from kernels.backends import left_to_xla
 
@@ -8,6 +9,8 @@ def refusal(q, k, v, mask: Mask, scale: float, logit_softcap: float | None, sink
     """Why the kernel can't do this; None where it can."""
     if left_to_xla():
         return "XLA can't split a kernel over a mesh: give attention a spec"
+    if reason := varying.refusal((q, k, v, mask, sinks)):
+        return reason
     if q.dtype == "float64":
         return "the TPU has no float64"
     if q.shape[-1] % 8 or v.shape[-1] % 8:

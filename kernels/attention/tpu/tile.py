@@ -15,6 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels.attention.tpu.blocks import DIAGONAL, FULL
 from kernels.attention.tpu.tuning import Sizes
+from kernels.precision import precision
 
 LANES = 128
 LOG2_E = 1.4426950408889634
@@ -139,10 +140,9 @@ def _column(row, width: int):
 
 
 def dot(a, b, contract: tuple[int, int]):
-    """In float32; float32 operands are not rounded."""
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
+    """In float32."""
     dimensions = (contract[:1], contract[1:]), ((), ())
-    return lax.dot_general(a, b, dimensions, precision=precision, preferred_element_type=jnp.float32)
+    return lax.dot_general(a, b, dimensions, precision=precision(a.dtype), preferred_element_type=jnp.float32)
 
 
 def compiler_params(sizes: Sizes, semantics: tuple[str, ...]) -> pltpu.CompilerParams:

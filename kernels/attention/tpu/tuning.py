@@ -13,7 +13,8 @@ GRADIENT_BYTES = 24 * 2**20  # for two copies of d_k and d_v in a backward kerne
 class Sizes(NamedTuple):
     """A step of the grid works on `heads` heads, `queries` times `keys`, in tiles of `tile_queries` times `tile_keys`.
 
-    heads: of the forward kernel; the more, the less of it waits for the first product and for the last.
+    heads: of the forward kernel; the more, the less of it waits for the first product and for the last. In float32
+        half as many: its products are six, and programs of four heads take the compiler many minutes.
     diagonal_keys: keys of a tile on the diagonal, where small tiles leave more of the hidden half out.
     lp_scheduler: the compiler's scheduler by linear programming.
     """
@@ -29,8 +30,8 @@ class Sizes(NamedTuple):
 
 # Per kernel and class of mask: "whole" (full, causal), "pieces" (segments or short windows: small blocks skip more).
 DEFAULT = {
-    ("forward", "whole"): Sizes(1024, 1024, 512, 512, heads=2),
-    ("forward", "pieces"): Sizes(512, 512, 512, 512, heads=2),
+    ("forward", "whole"): Sizes(1024, 1024, 512, 512, heads=4),
+    ("forward", "pieces"): Sizes(512, 512, 512, 512, heads=4),
     ("backward", "whole"): Sizes(1024, 1024, 512, 512),
     ("backward", "pieces"): Sizes(512, 512, 512, 512),
 }
@@ -65,13 +66,14 @@ def _fit(kernel: str, q, k, mask: Mask) -> Sizes:
     best = _chip_table().get(key, DEFAULT[key])
     queries, keys = _block(num_queries, best.queries), _block(num_keys, best.keys)
     group = num_heads // num_kv_heads
-    shares = num_heads % best.heads == 0 and (group % best.heads == 0 or best.heads % group == 0)
+    most = best.heads if q.dtype.itemsize < 4 else -(-best.heads // 2)
+    heads = next(n for n in range(most, 0, -1) if num_heads % n == 0 and (group % n == 0 or n % group == 0))
     return best._replace(
         queries=queries,
         keys=keys,
         tile_queries=_tile(queries, best.tile_queries),
         tile_keys=_tile(keys, best.tile_keys),
-        heads=best.heads if shares else 1,
+        heads=heads,
     )
 
 

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels.backends import left_to_xla, target
+from kernels import varying
+from kernels.backends import left_to_xla
 from kernels.grouped_matmul.quantized import QuantizedMatrices
 from kernels.grouped_matmul.tpu import tiles
 from kernels.grouped_matmul.tpu.outer import outer
@@ -19,10 +20,10 @@ Matrices = tuple[Float[Array, "E D F"] | QuantizedMatrices, ...]
 
 def refusal(x, matrices: Matrices, group_sizes, turned, activation) -> str | None:
     """Why these kernels can't do it, None where they can."""
-    if (platform := target()) != "tpu":
-        return f"it is for TPUs, not for {platform}"
     if left_to_xla():
-        return "XLA can't split a kernel over a mesh: call it in a shard_map over rows"
+        return "XLA can't split a kernel over a mesh: call it in a shard_map over rows, with check_vma=False"
+    if reason := varying.refusal((x, matrices, group_sizes)):
+        return reason
     w = matrices[0]
     values = w.values if isinstance(w, QuantizedMatrices) else w
     if x.dtype not in (jnp.bfloat16, jnp.float32):

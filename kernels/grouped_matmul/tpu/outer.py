@@ -9,9 +9,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
-from kernels.grouped_matmul.tpu.products import loop, paired, precision
+from kernels.grouped_matmul.tpu.products import loop, paired
 from kernels.grouped_matmul.tpu.tiles import ALIGNMENT, Tiles
 from kernels.grouped_matmul.tpu.visits import of_groups, own_rows
+from kernels.precision import precision
 
 SUM_OF_ROWS = ((0,), (0,)), ((), ())
 

@@ -12,11 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from kernels.grouped_matmul.tpu.tiles import ALIGNMENT, Tiles
 from kernels.grouped_matmul.tpu.visits import of_tiles, own_rows
-
-
-def precision(dtype) -> lax.Precision:
-    """float32 is not rounded to bfloat16 on the way into the matrix unit."""
-    return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.DEFAULT
+from kernels.precision import precision
 
 
 def loop(count: int, body) -> None:
