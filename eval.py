@@ -7,7 +7,9 @@ writes `results.json` into the run's folder (or `--output`), of a document model
 """
 
 import argparse
+import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
@@ -15,6 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from kernels.decode_attention.quantized import LARGEST
 from parsit_jax.documents.images import ImageError
 from parsit_jax.evaluation.benchmarks import BENCHMARKS, BenchmarkError, load_benchmarks
 from parsit_jax.evaluation.metrics import METRICS
@@ -42,6 +45,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--limit", type=int, metavar="N", help="only the first N questions, or documents, of each")
     add("--output", type=Path, metavar="DIR", help="where results go; default: the run's folder")
     add("--seed", type=int, default=0, help="which held-out pages are drawn")
+    add("--cache-dtype", choices=LARGEST, help="keep past keys and values in 8 bits while answering; default: no")
     options = parser.parse_args(arguments)
     if options.limit is not None and options.limit < 1:
         parser.error(f"--limit {options.limit}: expected at least 1")
@@ -64,13 +68,18 @@ def main(arguments: list[str] | None = None) -> None:
             parser.error(f"which benchmarks? --benchmarks takes {', '.join(known)}")
         limit = options.limit if options.benchmarks or options.limit else settings.limit
         if is_text:
+            if options.cache_dtype:
+                raise ConfigError("--cache-dtype: a text model's benchmarks write no answer, so they have no cache")
             model, run_benchmarks = VishwamAI.from_pretrained(options.checkpoint), evaluate_text
             benchmarks = load_text_benchmarks(names, options.data, model.experiment)
         else:
             benchmarks = load_benchmarks(names, options.data, options.seed)
-            model, run_benchmarks = ParsitInference(options.checkpoint), evaluate
+            model, run_benchmarks = ParsitInference(options.checkpoint, cache_dtype=options.cache_dtype), evaluate
 
         # -------------------------------------------------------------- predictions and scores
+        provenance = {"step": checkpoint_step(options.checkpoint), "seed": options.seed}
+        if options.cache_dtype:
+            provenance["cache_dtype"] = options.cache_dtype
         with Progress(*columns, console=console) as progress:
             tasks = {name: progress.add_task(name, total=None) for name in benchmarks}
             results = run_benchmarks(
@@ -79,7 +88,7 @@ def main(arguments: list[str] | None = None) -> None:
                 output=output,
                 limit=limit,
                 batch_size=settings.batch_size,
-                provenance={"step": checkpoint_step(options.checkpoint), "seed": options.seed},
+                provenance=provenance,
                 on_progress=lambda name, done, total: progress.update(tasks[name], completed=done, total=total),
             )
     except (BenchmarkError, CheckpointError, ConfigError, DataError, ImageError, OSError) as error:
@@ -90,6 +99,8 @@ def main(arguments: list[str] | None = None) -> None:
         console.print(perplexity_table(results))
         return
     console.print(score_table(results))
+    for line in unanswered(results):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     try:
         report = write_report(output, run)
     except (OSError, ValueError) as error:
@@ -135,6 +146,16 @@ def score_table(results: dict) -> Table:
         scores = [*(of[metric] for metric in METRICS), blanked["anls"], blanked["exact_match"]]
         table.add_row(name, str(of["examples"]), *(f"{score:.3f}" for score in scores))
     return table
+
+
+def unanswered(results: dict) -> Iterator[str]:
+    """A line for each benchmark with questions that the model can't read."""
+    for name, of in results["benchmarks"].items():
+        for question, reason in itertools.islice(of["unanswered"].items(), 1):
+            yield (
+                f"{name}: {len(of['unanswered'])} of {of['examples']} questions were not answered and count as wrong; "
+                f"{question} {reason}: take a model with a longer context, or smaller images (data.image_size)"
+            )
 
 
 def perplexity_table(results: dict) -> Table:

@@ -15,8 +15,8 @@ from parsit_jax.documents.images import is_pdf, load_image, pages
 from parsit_jax.pretrained import Parsit
 from vishwamai.chat import Message, encode_prompt
 from vishwamai.data.packing import Capacity, Example, collate
-from vishwamai.generation.engine import Generation
-from vishwamai.generation.prompts import right_aligned
+from vishwamai.generation.engine import Generation, check_cache_dtype
+from vishwamai.generation.prompts import TooLongError, right_aligned
 from vishwamai.generation.sampling import Sampling
 
 Page = str | Path | Image.Image
@@ -33,18 +33,22 @@ class Prompt:
 class ParsitInference:
     """A document model that answers in words.
 
-    `path` is a training run, one of its checkpoints, an exported folder or a Hugging Face id. All methods take
-    `temperature` (0 is greedy), `top_p`, `max_new_tokens` and `seed`, and return `str`.
+    `path` is a training run, one of its checkpoints, an exported folder or a Hugging Face id; `cache_dtype` "int8" or
+    "float8_e4m3fn" keeps past keys and values in 8 bits (see `Generation`). All methods take `temperature` (0 is
+    greedy), `top_p`, `max_new_tokens` and `seed`, and return `str`, `answer_batch` one for each question.
 
     Raises:
         ConfigError: no such model, or weights of another one.
         CheckpointError: a run without a complete checkpoint, or a damaged one.
         FileNotFoundError: no tokenizer beside the weights.
         ImageError: a page that can't be read.
-        ValueError: a conversation of another form, or one whose images and words fill the model's context.
+        TooLongError: conversations whose images and words fill the model's context.
+        ValueError: a conversation of another form, or another cache_dtype.
     """
 
-    def __init__(self, path: str | Path, dtype: str = "float32"):
+    def __init__(self, path: str | Path, dtype: str = "float32", cache_dtype: str | None = None):
+        check_cache_dtype(cache_dtype)
+        self.cache_dtype = cache_dtype
         self.model = Parsit.from_pretrained(path, dtype)
         trained = self.model.experiment
         self.encoder = Encoder.of(self.model.config, self.model.tokenizer, trained and trained.data.image_size)
@@ -106,12 +110,16 @@ class ParsitInference:
         examples = [self._example(prompt) for prompt in prompts]
         self._rows = max(self._rows, len(examples))
         tokenizer, config = self.model.tokenizer, self.model.config.text
-        longest = max(len(example.tokens) for example in examples)
-        if longest >= config.max_position_embeddings:
-            raise ValueError(
-                f"the conversation needs {longest:,} tokens ({self.encoder.layout.tokens:,} an image), the context "
-                f"holds {config.max_position_embeddings:,}: ask about fewer or smaller images"
-            )
+        lengths = [len(example.tokens) for example in examples]
+        sizes = f"({self.encoder.layout.tokens:,} an image), the context holds {config.max_position_embeddings:,}"
+        too_long = {
+            row: f"needs {length:,} tokens {sizes}"
+            for row, length in enumerate(lengths)
+            if length >= config.max_position_embeddings
+        }
+        if too_long:
+            raise TooLongError(too_long, "ask less, or about fewer or smaller images")
+        longest = max(lengths)
         patches = max(example.size[1] for example in examples)
         room = Capacity(longest, patches, self.encoder.layout if patches else None)
         filled = examples + examples[:1] * (self._rows - len(examples))
@@ -124,6 +132,7 @@ class ParsitInference:
             pad_id=tokenizer.pad_token_id or 0,
             sampling=Sampling(temperature=temperature, top_p=top_p, seed=seed),
             dtype=self.model.dtype,
+            cache_dtype=self.cache_dtype,
         )
         generation.advance(max_new_tokens)
         answers = generation.answers[: len(examples)]
@@ -137,9 +146,7 @@ class ParsitInference:
         return Example(encoded.tokens, weights, encoded.feature_index, images)
 
 
-def load_model(path: str | Path, **options: Any) -> ParsitInference:
-    """The same as `ParsitInference(path)`."""
-    return ParsitInference(path, **options)
+load_model = ParsitInference  # by the name that users of the earlier Parsit know
 
 
 def ask(page: Page, question: str) -> Prompt:

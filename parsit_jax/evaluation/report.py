@@ -64,6 +64,10 @@ def _facts(results: dict) -> list[str]:
     facts.append(f"evaluated in {results['seconds']:,.0f} s")
     if results["limit"] is not None:
         facts.append(f"only the first {results['limit']:,} questions of each benchmark")
+    if unanswered := sum(len(of.get("unanswered", ())) for of in results["benchmarks"].values()):
+        facts.append(f"{unanswered:,} questions longer than the context, which count as wrong")
+    if "cache_dtype" in results:
+        facts.append(f"past keys and values in {results['cache_dtype']}")
     return facts
 
 

@@ -7,7 +7,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from PIL import Image
 
@@ -15,12 +15,16 @@ from parsit_jax.documents.images import load_image
 from parsit_jax.evaluation.benchmarks import BenchmarkError, Example
 from parsit_jax.evaluation.metrics import METRICS, mean
 from vishwamai.evaluation.results import write_results
+from vishwamai.generation.prompts import TooLongError
 
 Page = Path | Image.Image
 
 
 class Answerer(Protocol):
-    """What is evaluated: `ParsitInference`, or anything else that answers one question about each image."""
+    """What is evaluated: `ParsitInference`, or anything else that answers one question about each image.
+
+    It raises TooLongError for those that it can't read: it is asked the others once more.
+    """
 
     def answer_batch(self, images: Sequence[Page], questions: Sequence[str]) -> list[str]: ...
 
@@ -50,8 +54,9 @@ def evaluate(
 
     Returns:
         What `results.json` holds: `{"benchmarks": {name: scores}, "date", "seconds", "limit", **provenance}`,
-        where scores are the means of each metric, `examples`, `by` (field or layout -> value -> scores) and
-        `image_blanked` (scores).
+        where scores are the means of each metric, `examples`, `by` (field or layout -> value -> scores),
+        `image_blanked` (scores) and `unanswered` (id -> why: it is longer than the model's context; the answer is empty
+        and counts).
 
     Raises:
         BenchmarkError: a benchmark has no examples, or wrong files.
@@ -92,8 +97,8 @@ def _ask(
     blank_answers: dict[tuple[tuple[int, int], str], str] = {}
     for batch in _batches(blank_questions, batch_size):
         images = [Image.new("RGB", size, "white") for size, _ in batch]
-        answers = _answer(answerer, images, [question for _, question in batch])
-        blank_answers.update(zip(batch, answers, strict=True))
+        answered = _answer(answerer, images, [question for _, question in batch])
+        blank_answers.update(zip(batch, answered.answers, strict=True))
         done += len(batch)
         on_progress(name, done, total)
 
@@ -103,8 +108,8 @@ def _ask(
     rows: list[dict] = []
     with partial.open("w", encoding="utf-8") as file:
         for batch in _batches(examples, batch_size):
-            answers = _answer(answerer, [e.image for e in batch], [e.question for e in batch])
-            for example, prediction in zip(batch, answers, strict=True):
+            answered = _answer(answerer, [e.image for e in batch], [e.question for e in batch])
+            for place, (example, prediction) in enumerate(zip(batch, answered.answers, strict=True)):
                 blank = blank_answers[sizes[example.page], example.question]
                 row = {
                     "id": example.id,
@@ -116,6 +121,7 @@ def _ask(
                     "scores": _score(prediction, example.answers),
                     "image_blanked": {"prediction": blank, "scores": _score(blank, example.answers)},
                     "groups": dict(example.groups),
+                    "unanswered": answered.too_long.get(place),
                 }
                 rows.append(row)
                 file.write(json.dumps(row) + "\n")
@@ -130,11 +136,25 @@ def _batches(items: Sequence, size: int) -> Iterator[Sequence]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
-def _answer(answerer: Answerer, images: Sequence[Page], questions: Sequence[str]) -> list[str]:
-    answers = answerer.answer_batch(images, questions)
+class _Answered(NamedTuple):
+    """answers: one to each question. too_long: to which there is none, by place, and why."""
+
+    answers: list[str]
+    too_long: Mapping[int, str]
+
+
+def _answer(answerer: Answerer, images: Sequence[Page], questions: Sequence[str]) -> _Answered:
+    try:
+        answers, too_long = answerer.answer_batch(images, questions), {}
+    except TooLongError as error:
+        too_long = error.reasons
+        short = [place for place in range(len(questions)) if place not in too_long]
+        found = answerer.answer_batch([images[place] for place in short], [questions[place] for place in short])
+        by_place = dict(zip(short, found, strict=True))
+        answers = [by_place.get(place, "") for place in range(len(questions))]
     if len(answers) != len(questions):
         raise ValueError(f"the model gave {len(answers)} answers to {len(questions)} questions")
-    return [answer.strip() for answer in answers]
+    return _Answered([answer.strip() for answer in answers], too_long)
 
 
 def _score(prediction: str, answers: Sequence[str]) -> dict[str, float]:
@@ -164,6 +184,7 @@ def _summarise(rows: Sequence[dict]) -> dict:
             for group, values in sorted(groups.items())
         },
         "image_blanked": _mean_scores([row["image_blanked"]["scores"] for row in rows]),
+        "unanswered": {row["id"]: row["unanswered"] for row in rows if row["unanswered"]},
     }
 
 

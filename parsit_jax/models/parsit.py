@@ -1,5 +1,7 @@
 """Parsit: SigLIP tower -> projector -> decoder. Only the embeddings differ from a text model's."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -76,9 +78,10 @@ class ParsitModel(nnx.Module):
     def features_per_row(self, batch: Batch) -> int:
         return batch.patches.shape[1] // (4 if self.config.pooling is Pooling.AVERAGE_2X2 else 1)
 
-    def decoded(self, batch: Batch, dtype=jnp.float32, remat: Remat = Remat.NONE, drops: bool = False) -> Decoded:
+    def decoded(self, batch: Batch, dtype=jnp.float32, remat: Remat = Remat.NONE, **options: Any) -> Decoded:
+        """Options as the decoder's: drops, softmax."""
         x = self.embed(batch, dtype, remat)
-        return self.language_model.decoder(x, batch.positions, self.mask(batch), remat=remat, drops=drops)
+        return self.language_model.decoder(x, batch.positions, self.mask(batch), remat=remat, **options)
 
     def hidden_states(self, batch: Batch, dtype=jnp.float32, remat: Remat = Remat.NONE) -> Float[Array, "B T D"]:
         return self.decoded(batch, dtype, remat).hidden

@@ -1,5 +1,6 @@
 """ParsitInference: what a user calls, on a model with random weights (its words mean nothing, its behaviour does)."""
 
+import jax
 import numpy as np
 import pytest
 from hf_folders import VISION, make_run, model_config
@@ -10,6 +11,7 @@ from parsit_jax.documents import images
 from parsit_jax.documents.images import ImageError
 from parsit_jax.inference import open_images, page_images
 from vishwamai.chat import ConversationError
+from vishwamai.generation.prompts import TooLongError
 from vishwamai.templates import load_template
 from vishwamai.tiny_tokenizer import ALPHABET, PIECES, build_tiny_tokenizer
 from vishwamai.tokenizer import VishwamAITokenizer
@@ -123,6 +125,32 @@ def test_an_answer_stops_at_its_end_whatever_stands_behind(model, pages, monkeyp
     assert answers[0] != whole and len(seen[1]) > place
 
 
+@pytest.mark.parametrize("cache_dtype, most", [("int8", 0.05), ("float8_e4m3fn", 0.15)])
+def test_a_quantised_cache_answers_nearly_the_same(model, pages, monkeypatch, cache_dtype, most):
+    """Of words that are about as likely as each other: log-probabilities say more than which was taken."""
+    found = {}
+
+    class Recorded(inference.Generation):
+        def __init__(self, *given, **options):
+            super().__init__(*given, keep_log_probabilities=True, **options)
+            found[options["cache_dtype"]] = self
+
+    monkeypatch.setattr(inference, "Generation", Recorded)
+    for dtype in (None, cache_dtype):
+        monkeypatch.setattr(model, "cache_dtype", dtype)
+        model.answer_question(pages[0], "What is the total?", **FEW)
+    whole, quantised = found[None], found[cache_dtype]
+    of = lambda dtype: {x.dtype.name for x in jax.tree.leaves(found[dtype].state.cache.layers)}  # noqa: E731
+    assert of(None) == {"float32"} and of(cache_dtype) == {"float32", cache_dtype}  # scales and vectors
+    np.testing.assert_array_equal(quantised.tokens, whole.tokens)
+    assert 0 < np.abs(quantised.log_probabilities - whole.log_probabilities).max() < most
+
+
+def test_a_cache_of_another_dtype_is_refused_before_a_model_is_read():
+    with pytest.raises(ValueError, match="cache_dtype='int4': expected int8, float8_e4m3fn, or None"):
+        ParsitInference("nowhere", cache_dtype="int4")
+
+
 def test_bad_input_is_told(model, pages):
     with pytest.raises(ImageError, match="no image file"):
         model.answer_question("missing.png", "What?")
@@ -138,7 +166,9 @@ def test_bad_input_is_told(model, pages):
     ]:
         with pytest.raises(ConversationError, match=message):
             model.chat(messages)
-    with pytest.raises(ValueError, match="context holds 160"):
-        model.answer_question(pages[0], "very long " * 40)
+    with pytest.raises(
+        TooLongError, match=r"^conversation 1 needs \d+ tokens \(16 an image\), the context holds 160: ask"
+    ):
+        model.answer_batch([pages[0]] * 3, ["What?", "very long " * 40, "Who?"])
     with pytest.raises(ValueError, match="goes with a question as text"):
         model.chat([{"role": "user", "content": "What?"}], pages[0])

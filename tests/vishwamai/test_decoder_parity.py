@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import quick_and_slow
 from flax import nnx
 from parity import LOGITS, assert_close, assert_gradients, decoder, saved, stretched, torch
 
@@ -60,12 +61,24 @@ def opened(kind, tmp_path_factory):
     return theirs, VishwamAI.from_pretrained(saved(theirs, tmp_path_factory.mktemp("decoder")))
 
 
-@pytest.fixture(scope="module", params=QWEN3.values(), ids=QWEN3.keys())
+@pytest.fixture(scope="module", params=quick_and_slow(QWEN3, ["tied, 8:1", "untied, 1:1"]))
 def pair(request, tmp_path_factory):
     return opened(request.param, tmp_path_factory)
 
 
-@pytest.fixture(scope="module", params=OTHERS.values(), ids=OTHERS.keys())
+QUICK = [
+    "qwen3, biases, yarn",
+    "qwen2, window, yarn",
+    "llama",
+    "mistral, window",
+    "gemma2",
+    "gemma3",
+    "mixtral",
+    "qwen3_moe",
+]
+
+
+@pytest.fixture(scope="module", params=quick_and_slow(OTHERS, QUICK))
 def other(request, tmp_path_factory):
     return opened(request.param, tmp_path_factory)
 

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from cases import quick_and_slow
 from flax import nnx
 from parity import assert_gradients, decoder, saved, torch
 
@@ -20,7 +21,7 @@ KINDS = {
 }
 
 
-@pytest.fixture(scope="module", params=KINDS.values(), ids=KINDS.keys())
+@pytest.fixture(scope="module", params=quick_and_slow(KINDS, ["qwen3_moe"]))
 def pair(request, tmp_path_factory):
     theirs = decoder(**request.param)
     return theirs, VishwamAI.from_pretrained(saved(theirs, tmp_path_factory.mktemp("mixture")))

@@ -1,15 +1,21 @@
 """Mixture layers against the dense form: every way to send tokens to experts is the same maths."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
+from jaxprs import precisions
 
 from vishwamai.data.batch import text_batch
 from vishwamai.models.config import MixtureConfig, TextConfig
 from vishwamai.models.moe import MixtureOfExperts, bounded, dense, dropless
 from vishwamai.models.transformer import Transformer
+from vishwamai.parallel.mesh import AXES
+from vishwamai.parallel.sharding import parameter_shardings, row_sharding
 
 SIZES = dict(
     vocab_size=16, hidden_size=12, intermediate_size=20, num_hidden_layers=1, num_attention_heads=2,
@@ -139,6 +145,34 @@ def test_padding_goes_nowhere_and_counts_nowhere(capacity_factor):
     assert 0 < routing.entropy < 15 * np.log(5) + 1e-4
 
 
+@pytest.mark.parametrize("sizes", [(1, 4, 1), (2, 2, 2)], ids=str)
+def test_gradients_of_experts_are_scattered_as_the_experts_are(sizes):
+    """On data, fsdp, tensor as on one device. A device never holds a whole sum of which it keeps a part."""
+    module, x, real = layer(moe_intermediate_size=6), tokens(4, 9), jnp.arange(9) < jnp.array([[9], [4], [9], [0]])
+    graph, state = nnx.split(module)
+
+    def run(state, x):
+        return nnx.merge(graph, state)(x, real)[0]
+
+    def everything(state, x, direction):
+        out, back = jax.vjp(run, state, x)
+        return out, *back(direction)
+
+    case = state, x, tokens(4, 9, seed=5)
+    mesh = jax.make_mesh(sizes, AXES, (AxisType.Auto,) * 3, devices=jax.devices()[: np.prod(sizes)])
+    places = parameter_shardings(state, mesh), *[row_sharding(mesh)] * 2
+    with jax.set_mesh(mesh):
+        traced = jax.jit(everything, in_shardings=places).trace(*case)
+        program = traced.lower().compile()
+    found, expected = program(*jax.device_put(case, places)), jax.jit(everything)(*case)
+    assert_same(jax.tree.leaves(found), jax.tree.leaves(expected))
+    # Forward and backward gather each of three, so that nothing whole is kept between them.
+    assert str(traced.jaxpr).count(" all_gather[") == 6 and str(traced.jaxpr).count(" reduce_scatter[") == 3
+    whole = 5 * 12 * 6 // sizes[2]
+    sums = " ".join(re.findall(r" = (.+) all-reduce\(", program.as_text()))
+    assert all(np.prod([int(size) for size in shape.split(",")]) < whole for shape in re.findall(r"\[([\d,]+)\]", sums))
+
+
 @pytest.mark.parametrize("drops", [False, True])
 def test_shared_experts_see_every_token(drops):
     module, x, real = layer(n_shared_experts=2, capacity_factor=0.5), tokens(2, 9), jnp.ones((2, 9), bool)
@@ -162,6 +196,18 @@ def test_only_training_drops():
     np.testing.assert_array_equal(plain[0], bounded_one[0])
     np.testing.assert_array_equal(plain[1], bounded_one[1])
     assert np.abs(np.asarray(plain[2] - bounded_one[2])).max() > 1e-3
+
+
+def test_routers_multiply_in_float32_on_every_chip():
+    """Their logits, and the gradients of rows and kernel; products of the experts are in bfloat16."""
+    graph, state = nnx.split(layer())
+
+    def loss(state, x):
+        return nnx.merge(graph, state)(x, jnp.ones(x.shape[:2], bool))[0].astype(jnp.float32).sum()
+
+    jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1)))(state, tokens(2, 6).astype(jnp.bfloat16)).jaxpr
+    found = list(precisions(jaxpr))
+    assert found.count(jax.lax.Precision.HIGHEST) == 2 * 3 and len(found) > 2 * 3  # of two operands each
 
 
 def test_sigmoid_routers_choose_by_score_and_bias_and_weigh_by_score():

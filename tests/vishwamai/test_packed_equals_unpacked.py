@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from cases import quick_and_slow
 from flax import nnx
 
 from vishwamai.data.packing import Capacity, Example, collate, first_fit
@@ -36,7 +37,7 @@ def examples():
         yield Example(draw.integers(0, 50, length).astype(np.int32), weights)
 
 
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
+@pytest.mark.parametrize("kind", quick_and_slow(KINDS, ["dense", "mixture"]))
 def test_loss_and_gradients(kind):
     config = TextConfig(**SIZES, **kind)
     graph, parameters = nnx.split(Transformer(config, rngs=nnx.Rngs(0)))

@@ -33,6 +33,7 @@ from vishwamai.config import ConfigError
 from vishwamai.data.conversations import check_vocabulary
 from vishwamai.evaluation.perplexity import prefix_token, windows
 from vishwamai.evaluation.scoring import Row, Score, score
+from vishwamai.generation.engine import check_cache_dtype
 from vishwamai.pretrained import VishwamAI
 
 logger = logging.getLogger(__name__)
@@ -50,13 +51,15 @@ class HarnessModel(TemplateLM):
         dtype: float32 or bfloat16.
         batch_size: rows at a time; a number.
         max_length: tokens of the context; default: the model's.
+        cache_dtype: int8 or float8_e4m3fn keeps past keys and values in 8 bits where text is generated; log-likelihoods
+            have no cache. Default: not quantised.
         chat_template_args: for the chat template, such as {"enable_thinking": False}.
         device: what lm_eval's command line says; not looked at, since JAX is told by JAX_PLATFORMS.
 
     Raises:
         ConfigError: as `VishwamAI.from_pretrained`; a tokenizer that is larger than the model's vocabulary, or has
             neither a token that begins nor one that ends a text.
-        ValueError: a batch_size that is no number, a max_length that the context does not hold.
+        ValueError: a batch_size that is no number, a max_length that the context does not hold, another cache_dtype.
     """
 
     def __init__(
@@ -67,8 +70,10 @@ class HarnessModel(TemplateLM):
         max_length: int | None = None,
         chat_template_args: dict[str, Any] | None = None,
         device: str | None = None,
+        cache_dtype: str | None = None,
     ):
         super().__init__()
+        check_cache_dtype(cache_dtype)
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise ValueError(f"batch_size={batch_size}: expected a number from 1; JAX can't try how many rows fit")
         self.model = VishwamAI.from_pretrained(pretrained, dtype)
@@ -85,6 +90,7 @@ class HarnessModel(TemplateLM):
             raise ValueError(f"max_length={max_length}: expected 2 to the model's context, {context}")
         self.batch_size = int(batch_size)
         self.chat_template_args = chat_template_args or {}
+        self.cache_dtype = cache_dtype
 
     @property
     def eot_token_id(self) -> int | None:
@@ -202,8 +208,8 @@ class HarnessModel(TemplateLM):
             logger.warning("of a prompt of %s tokens only the last %s are read, for want of room", longest, room)
         prompts = [prompt[-room:] for prompt in prompts]
         stop = [*self.model.end_ids, *until]
-        sampling = {"temperature": temperature if draws else 0.0, "seed": seed, **options}
-        rows = self.model.generate(prompts, max_new_tokens=count, stop=stop, **sampling)[:, min(longest, room) :]
+        options |= {"temperature": temperature if draws else 0.0, "seed": seed, "cache_dtype": self.cache_dtype}
+        rows = self.model.generate(prompts, max_new_tokens=count, stop=stop, **options)[:, min(longest, room) :]
         return [self._text(row, until) for row in rows]
 
     def _text(self, row: np.ndarray, until: list[str]) -> str:

@@ -76,8 +76,7 @@ class Generation:
         cache_dtype: str | None = None,
     ):
         config = _config(graph, parameters)
-        if cache_dtype is not None and cache_dtype not in LARGEST:
-            raise ValueError(f"cache_dtype={cache_dtype!r}: expected {', '.join(LARGEST)}, or None to quantise nothing")
+        check_cache_dtype(cache_dtype)
         _check(batch, max_new_tokens, samples, config.max_position_embeddings)
         if draft is not None:
             _check_draft(draft, config.vocab_size)
@@ -149,6 +148,12 @@ class Generation:
             if "log_probabilities" in changed:
                 changed["log_probabilities"][row, kept:] = 0
         self.state = replace(self.state, **jax.tree.map(jnp.asarray, changed))
+
+
+def check_cache_dtype(cache_dtype: str | None) -> None:
+    """Raises ValueError for one that a cache can't be quantised to."""
+    if cache_dtype is not None and cache_dtype not in LARGEST:
+        raise ValueError(f"cache_dtype={cache_dtype!r}: expected {', '.join(LARGEST)}, or None to quantise nothing")
 
 
 def _config(graph: nnx.GraphDef, parameters: nnx.State) -> TextConfig:

@@ -1,11 +1,20 @@
 """Prompts -> a batch whose rows all end at the same place, in one of few shapes."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from vishwamai.data.batch import Batch
+
+
+class TooLongError(ValueError):
+    """Prompts that leave no room for an answer. `reasons`: of each of these, by its place among the prompts."""
+
+    def __init__(self, reasons: Mapping[int, str], advice: str):
+        row, reason = next(iter(reasons.items()))
+        super().__init__(f"conversation {row} {reason}: {advice}")
+        self.reasons = reasons
 
 
 def left_padded(prompts: Sequence[Sequence[int]], pad_id: int) -> Batch:

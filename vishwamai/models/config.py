@@ -17,6 +17,13 @@ class Remat(StrEnum):
     FULL = "full"  # keeps only each layer's input
 
 
+class Softmax(StrEnum):
+    """What attention subtracts from a row's logits, so that their exponentials stay finite."""
+
+    RUNNING = "running"  # the largest that it has seen so far
+    BOUNDED = "bounded"  # nothing: the model bounds its logits (Attention.max_logit)
+
+
 class RopeType(StrEnum):
     """How rotary positions are stretched to a longer context (see rope.frequencies)."""
 
@@ -217,6 +224,17 @@ class TextConfig(Config):
                 f"{self.mixture.decoder_sparse_step} and mlp_only_layers={list(self.mixture.mlp_only_layers)}"
             )
         return self
+
+    @property
+    def bounds_logits(self) -> bool:
+        """Whether attention's logits have a bound, whatever the text: see Softmax."""
+        return self.qk_norm or self.attn_logit_softcapping is not None
+
+    def rope(self, kind: LayerType) -> tuple[float, RopeScaling | None]:
+        """Base of the rotary embedding and how it is stretched, in layers of this kind."""
+        if self.rope_local_base_freq and kind is LayerType.SLIDING:
+            return self.rope_local_base_freq, None
+        return self.rope_theta, self.rope_scaling
 
     @property
     def kinds(self) -> list[LayerKind]:

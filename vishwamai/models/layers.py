@@ -81,8 +81,12 @@ class RMSNorm(nnx.Module):
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
         if self.zero_centered:
-            return (wide * (1 + self.scale[...].astype(jnp.float32))).astype(x.dtype)
-        return wide.astype(x.dtype) * self.scale[...].astype(x.dtype)
+            return (wide * self.gain(x.dtype)).astype(x.dtype)
+        return wide.astype(x.dtype) * self.gain(x.dtype)
+
+    def gain(self, dtype: jnp.dtype) -> Float[Array, " D"]:
+        """What x / rms(x) of that dtype is multiplied by."""
+        return 1 + self.scale[...].astype(jnp.float32) if self.zero_centered else self.scale[...].astype(dtype)
 
 
 class LayerNorm(nnx.Module):

@@ -77,8 +77,9 @@ class MixtureOfExperts(nnx.Module):
         depend on how long its rows are.
         """
         rows, live = x.reshape(-1, x.shape[-1]), real.reshape(-1)
-        # float32: a choice must not depend on how logits were rounded (Fedus et al. 2021, section 2.4).
-        logits = self.gate(rows.astype(jnp.float32))
+        # In float32, products too: a choice must not depend on rounding (Fedus et al. 2021, section 2.4).
+        with jax.default_matmul_precision("float32"):
+            logits = self.gate(rows.astype(jnp.float32))
         routes = self.routes(logits, live)
         capacity = self.mixture.capacity(x.shape[1]) if drops else None
         if capacity is None:
@@ -106,14 +107,19 @@ class MixtureOfExperts(nnx.Module):
             return run(rows, experts, weights, matrices)
         # Each device sorts its own rows: a sort of all of them would bring them all to every device.
         by_row = sharding.spec(("rows",), rows.shape[:1], mesh)
-        gate = sharding.spec((None, None, "mlp"), matrices[0].shape, mesh)
-        split = gate[2]
+        held = (self.experts.gate_proj, self.experts.up_proj, self.experts.down_proj)
+        lie = tuple(sharding.spec(each.axes, x.shape, mesh) for each, x in zip(held, matrices, strict=True))
+        split = lie[0][2]
 
         def local(rows, experts, weights, matrices):
+            # Gathered here, and not by XLA ahead of it: each device then gets the sum of its part of their gradients
+            # (reduce-scatter), where it would get the whole sum to take its part from.
+            matrices = tuple(_gathered_but(split, *each) for each in zip(matrices, lie, strict=True))
             out = run(rows, experts, weights, matrices)
             return out if split is None else jax.lax.psum(out, split)
 
-        specs = by_row, by_row, by_row, (gate, gate, PartitionSpec(None, split, None))
+        local = jax.checkpoint(local, policy=_whole_matrices_again, prevent_cse=False)
+        specs = by_row, by_row, by_row, lie
         return jax.shard_map(local, in_specs=specs, out_specs=by_row, check_vma=False)(rows, experts, weights, matrices)
 
     def routes(self, logits: Float[Array, "T E"], live: Bool[Array, " T"] | None = None) -> Routes:
@@ -130,6 +136,19 @@ class MixtureOfExperts(nnx.Module):
             top_groups=mixture.topk_group,
             live=live,
         )
+
+
+def _whole_matrices_again(primitive, *_, **__) -> bool:
+    """Whether the backward keeps a value: all but whole matrices, which would else be kept of every layer."""
+    return primitive.name != "all_gather"
+
+
+def _gathered_but(split: str | None, x: Float[Array, "E ..."], lies: PartitionSpec) -> Float[Array, "E ..."]:
+    """A device's part of x, which lies as `lies` says, with every dimension whole but the one that `split` splits."""
+    for dimension, axes in enumerate(lies):
+        if axes is not None and axes != split:
+            x = jax.lax.all_gather(x, axes, axis=dimension, tiled=True)
+    return x
 
 
 def dropless(

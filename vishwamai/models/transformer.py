@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from kernels import Mask
 from vishwamai.data.batch import Batch
 from vishwamai.models.attention import Attention
 from vishwamai.models.cache import KeysValues, KVCache, filled
-from vishwamai.models.config import LayerKind, LayerType, Remat, TextConfig
+from vishwamai.models.config import LayerKind, LayerType, Remat, Softmax, TextConfig
 from vishwamai.models.layers import Embedding, Linear, RMSNorm, few_rows
 from vishwamai.models.mlp import GatedMLP
 from vishwamai.models.moe import MixtureOfExperts, Routing
@@ -55,8 +55,9 @@ class DecoderLayer(nnx.Module):
         past: KeysValues | None = None,
         length: Int[Array, "..."] | None = None,
         drops: bool = False,
+        softmax: Softmax = Softmax.RUNNING,
     ) -> tuple[Float[Array, "B T D"], KeysValues, Routing | None]:
-        attended, keys_values = self.self_attn(self.input_layernorm(x), angles, mask, past, length)
+        attended, keys_values = self.self_attn(self.input_layernorm(x), angles, mask, past, length, softmax)
         if self.sandwich_norms:
             x = x + self.post_attention_layernorm(attended)
             fed, routing = self._feed_forward(self.pre_feedforward_layernorm(x), mask, drops)
@@ -117,13 +118,15 @@ class Transformer(nnx.Module):
         x = self.embed_tokens(ids, dtype)
         return x * jnp.asarray(self.config.hidden_size**0.5, dtype) if self.config.scale_embeddings else x
 
+    def max_logit(self, dtype: jnp.dtype) -> Float[Array, ""]:
+        """What no |logit| of any layer's attention exceeds (`Attention.max_logit`)."""
+        layers = [module for _, module in nnx.iter_graph(self.layers) if isinstance(module, Attention)]
+        return jnp.max(jnp.stack([layer.max_logit(dtype) for layer in layers]))
+
     def angles(self, positions: Int[Array, "B T"]) -> Angles:
-        config, kinds = self.config, {kind.attention for kind in self.config.kinds}
-        base = rotary(positions, config.head_dim, config.rope_theta, config.rope_scaling)
-        angles = dict.fromkeys(kinds, base)
-        if config.rope_local_base_freq and LayerType.SLIDING in kinds:
-            angles[LayerType.SLIDING] = rotary(positions, config.head_dim, config.rope_local_base_freq)
-        return angles
+        ropes = {kind.attention: self.config.rope(kind.attention) for kind in self.config.kinds}
+        turned = {rope: rotary(positions, self.config.head_dim, *rope) for rope in dict.fromkeys(ropes.values())}
+        return {kind: turned[rope] for kind, rope in ropes.items()}
 
     def decoder(
         self,
@@ -134,18 +137,19 @@ class Transformer(nnx.Module):
         remat: Remat = Remat.NONE,
         layers: Sequence[DecoderLayer] | None = None,
         drops: bool = False,
+        softmax: Softmax = Softmax.RUNNING,
     ) -> Decoded:
         """All layers and the final norm.
 
         With a cache, T more tokens of each row are written into it; `mask` is then `cache.mask(...)`. `layers` are
         `self.one_by_one()`: whoever decodes in a loop makes them once, before the loop. `drops`: experts are bounded
-        by their capacity, which only training asks for.
+        by their capacity, which only training asks for, as it does for another `softmax`.
         """
         angles = self.angles(positions)
         if cache is None:
 
             def body(layer: DecoderLayer, x):
-                x, _, routing = layer(x, angles, mask, drops=drops)
+                x, _, routing = layer(x, angles, mask, drops=drops, softmax=softmax)
                 return constrain(x, *ACTIVATION), routing
 
             x, found = run(self.layers, self.pattern, body, constrain(x, *ACTIVATION), CHECKPOINT[remat])
@@ -197,9 +201,9 @@ class Transformer(nnx.Module):
         """Causal inside each example of a row."""
         return Mask(causal=True, q_segment_ids=batch.segment_ids, kv_segment_ids=batch.segment_ids)
 
-    def decoded(self, batch: Batch, dtype=jnp.float32, remat: Remat = Remat.NONE, drops: bool = False) -> Decoded:
-        """Whole rows; packed examples do not see each other."""
-        return self.decoder(self.embed(batch, dtype), batch.positions, self.mask(batch), remat=remat, drops=drops)
+    def decoded(self, batch: Batch, dtype=jnp.float32, remat: Remat = Remat.NONE, **options: Any) -> Decoded:
+        """Whole rows; packed examples do not see each other. Options as `decoder`'s: drops, softmax."""
+        return self.decoder(self.embed(batch, dtype), batch.positions, self.mask(batch), remat=remat, **options)
 
     def hidden_states(self, batch: Batch, dtype=jnp.float32, remat: Remat = Remat.NONE) -> Float[Array, "B T D"]:
         return self.decoded(batch, dtype, remat).hidden

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from vishwamai.config import ConfigError
 from vishwamai.data.batch import Batch
 from vishwamai.experiment import Experiment
+from vishwamai.models.config import Softmax
 from vishwamai.models.moe import Routing
 from vishwamai.parallel.sharding import parameter_shardings, row_sharding, row_shares
 from vishwamai.training.losses import loss_weights, next_token_loss
@@ -84,9 +85,11 @@ def make_trainer(experiment: Experiment, build: Callable[..., nnx.Module], mesh:
         trainable, frozen = partition(parameters, training.trainable)
         return TrainState(jnp.int32(0), jnp.bool_(True), trainable, frozen, optimizer.init(trainable))
 
+    dtype = jnp.dtype(training.dtype.value)
+
     def loss(trainable, frozen, batch: Batch, total_weight, total_tokens):
         model = nnx.merge(graph, trainable, frozen)
-        decoded = model.decoded(batch, jnp.dtype(training.dtype.value), training.remat, drops=True)
+        decoded = model.decoded(batch, dtype, training.remat, drops=True, softmax=training.attention_softmax)
         summed, sums = next_token_loss(model, decoded.hidden, batch, z_loss=training.z_loss, chunk=training.loss_chunk)
         mean, routers = summed / total_weight, {}
         if decoded.routing:
@@ -129,6 +132,9 @@ def make_trainer(experiment: Experiment, build: Callable[..., nnx.Module], mesh:
         keep = lambda new, old: old if new is old else jnp.where(healthy, new, old)  # noqa: E731
         kept = jax.tree.map(keep, moved, before)
         metrics |= {"grad_norm": norm, "learning_rate": schedule(state.step), "healthy": healthy}
+        if training.attention_softmax is Softmax.BOUNDED:  # above 50 the kernel keeps a running maximum
+            decoder = nnx.merge(graph, state.trainable, state.frozen).language_model
+            metrics["max_logit"] = decoder.max_logit(dtype)
         return TrainState(state.step + healthy, healthy, *kept), metrics
 
     abstract = jax.eval_shape(lambda: start(new_parameters()))

@@ -16,6 +16,7 @@ from parsit_jax.evaluation.benchmarks import load_benchmarks
 from vishwamai import families
 from vishwamai.checkpoint import CheckpointError
 from vishwamai.checkpoint.arrays import COMMITTED
+from vishwamai.generation.prompts import TooLongError
 
 EVAL = Path(__file__).parents[3] / "eval.py"
 
@@ -27,13 +28,15 @@ def drawn_examples():
 
 @pytest.fixture
 def command(monkeypatch, Oracle):
-    """`eval.py`'s main, with a model that reads every generated receipt."""
+    """`eval.py`'s main, with a model that reads every generated receipt and keeps how it was opened."""
     oracle = Oracle(drawn_examples())
-    inference = SimpleNamespace(ParsitInference=lambda checkpoint: oracle)
+    opened = lambda checkpoint, **options: vars(oracle).update(options) or oracle  # noqa: E731
+    inference = SimpleNamespace(ParsitInference=opened)
     monkeypatch.setitem(sys.modules, "parsit_jax.inference", inference)
     spec = importlib.util.spec_from_file_location("eval_command", EVAL)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    module.main.__globals__["oracle"] = oracle
     return module.main
 
 
@@ -107,12 +110,37 @@ def test_an_exported_folder_and_another_output(command, tmp_path):
     assert (output / "report.html").is_file()
 
 
+def test_questions_beyond_the_context_are_told_at_the_end(command, run, capsys, monkeypatch):
+    oracle = command.__globals__["oracle"]
+    answer, refused = oracle.answer_batch, drawn_examples()[0].question
+
+    def short(images, questions):
+        if refused in questions:
+            long = {i: "needs 99 tokens, the context holds 9" for i, text in enumerate(questions) if text == refused}
+            raise TooLongError(long, "ask less")
+        return answer(images, questions)
+
+    monkeypatch.setattr(oracle, "answer_batch", short)
+    command(["--checkpoint", str(run), "--limit", "5"])
+    ids = [example.id for example in drawn_examples()[:5] if example.question == refused]
+    assert results_of(run)["benchmarks"]["generated"]["anls"] == 1 - len(ids) / 5
+    told = f"generated: {len(ids)} of 5 questions were not answered and count as wrong; {ids[0]} needs 99 tokens, the "
+    assert told + "context holds 9: take a model with a longer context, or smaller" in capsys.readouterr().out
+
+
+def test_a_quantised_cache_is_told_in_the_results(command, run):
+    command(["--checkpoint", str(run), "--limit", "5", "--cache-dtype", "int8"])
+    assert command.__globals__["oracle"].cache_dtype == "int8" == results_of(run)["cache_dtype"]
+    assert "past keys and values in int8" in (run / "report.html").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--checkpoint", "{run}/none"], "no folder {run}/none"),
         (["--checkpoint", "{run}/checkpoints/90", "--limit", "0"], "--limit 0: expected at least 1"),
         (["--checkpoint", "{run}", "--seed", "-1"], "--seed -1: expected at least 0"),
+        (["--checkpoint", "{run}", "--cache-dtype", "int4"], "choose from 'int8', 'float8_e4m3fn'"),
         (["--checkpoint", "{run}", "--benchmarks", "generatd"], "did you mean 'generated'"),
         (["--checkpoint", "{run}", "--benchmarks", "sroie"], "add --data sroie=DIR"),
         (["--checkpoint", "{run}/checkpoints"], "{run}/checkpoints is neither a run (config.yaml) nor a Hugging"),
@@ -133,7 +161,7 @@ def test_without_benchmarks_it_says_which_there_are(command, run, capsys):
 
 
 def test_a_checkpoint_that_cannot_be_used_is_one_line(command, run, capsys, monkeypatch):
-    def refuse(folder):
+    def refuse(folder, **options):
         raise CheckpointError(f"{folder} is of another model")
 
     monkeypatch.setitem(command.__globals__, "ParsitInference", refuse)

@@ -7,6 +7,7 @@ from PIL import Image
 from parsit_jax.documents.images import ImageError
 from parsit_jax.evaluation.benchmarks import BenchmarkError, Example, load_benchmarks
 from parsit_jax.evaluation.run import evaluate
+from vishwamai.generation.prompts import TooLongError
 
 
 def page(shade: int, size: tuple[int, int] = (8, 8)) -> Image.Image:
@@ -104,6 +105,25 @@ def test_limit_batches_and_progress(examples, tmp_path, Oracle):
     assert results["benchmarks"]["tiny"]["examples"] == 7 and results["limit"] == 7
     assert [len(questions) for _, questions in oracle.batches] == [2, 3, 3, 1]  # two kinds of blanks first
     assert progress == [("tiny", done, 9) for done in (2, 5, 8, 9)]
+
+
+def test_questions_beyond_the_context_count_as_wrong_and_the_others_are_answered(examples, tmp_path, Oracle):
+    class Short(Oracle):
+        """Reads 17 letters."""
+
+        def answer_batch(self, images, questions):
+            if long := {i: f"needs {len(text)} letters" for i, text in enumerate(questions) if len(text) > 17}:
+                raise TooLongError(long, "ask less")
+            return super().answer_batch(images, questions)
+
+    oracle = Short(examples, blank="12.00")
+    scores = evaluate(oracle, {"tiny": examples}, output=tmp_path)["benchmarks"]["tiny"]
+    assert scores["unanswered"] == {"0": "needs 18 letters", "1": "needs 18 letters"}
+    assert scores["examples"] == 3 and scores["exact_match"] == pytest.approx(1 / 3)
+    assert scores["image_blanked"]["exact_match"] == pytest.approx(1 / 3)
+    rows = rows_of(tmp_path / "predictions" / "tiny.jsonl")
+    assert [(row["id"], row["prediction"]) for row in rows] == [("0", ""), ("1", ""), ("2", "12.00")]
+    assert [row["unanswered"] for row in rows] == ["needs 18 letters"] * 2 + [None]
 
 
 def test_an_interrupted_evaluation_leaves_the_last_one_whole(examples, tmp_path, Oracle):

@@ -18,7 +18,7 @@ SIZES = dict(hidden_size=512, vocab_size=2000, head_dim=64, num_attention_heads=
 SPARSE = dict(num_experts=16, num_experts_per_tok=2, moe_intermediate_size=512)
 CASES = [
     pytest.param("qwen3", SIZES | dict(num_hidden_layers=32, intermediate_size=2048), id="dense"),
-    pytest.param("qwen3_moe", SIZES | dict(num_hidden_layers=10, mixture=SPARSE), id="experts"),
+    pytest.param("qwen3_moe", SIZES | dict(num_hidden_layers=10, mixture=SPARSE), id="experts", marks=pytest.mark.slow),
     pytest.param(
         "qwen3", SIZES | dict(num_hidden_layers=96, intermediate_size=2048), id="large", marks=pytest.mark.slow
     ),

@@ -131,6 +131,7 @@ def test_answers_are_those_of_lm_evals_own_model(ours, theirs):
     assert found == theirs.generate_until(requests("generate_until", *stopped), disable_tqdm=True)
 
 
+@pytest.mark.slow
 def test_drawn_answers_differ_also_between_batches(ours):
     def answers(**options):
         asked = [("a", {"until": [], "max_gen_toks": 12, "do_sample": True, **options})] * 10
@@ -140,6 +141,15 @@ def test_drawn_answers_differ_also_between_batches(ours):
     assert answers(temperature=0.7, top_p=0.9) == answers(temperature=0.7, top_p=0.9) != answers(temperature=0.7)
     assert answers(seed=7) != answers()
     assert len(set(answers(temperature=0.0))) == len(set(answers(do_sample=False, temperature=0.7))) == 1
+
+
+def test_a_quantised_cache_answers_nearly_the_same(folder, ours):
+    """As far as a model can whose words are about as likely as each other."""
+    quantised = HarnessModel(str(folder), batch_size=4, cache_dtype="int8")
+    asked = requests("generate_until", *((f"{number}:", {"until": [], "max_gen_toks": 12}) for number in range(8)))
+    whole, found = (model.generate_until(asked, disable_tqdm=True) for model in (ours, quantised))
+    assert [text[0] for text in found] == [text[0] for text in whole]  # a prompt is read as it was computed
+    assert 3 <= sum(a == b for a, b in zip(whole, found, strict=True)) < 8
 
 
 def test_conversations_are_written_as_transformers_does(ours, theirs):
@@ -210,6 +220,7 @@ def evaluated(model, tasks, **options):
     )
 
 
+@pytest.mark.slow
 def test_local_tasks_give_what_lm_evals_own_model_gives(ours, theirs, tasks, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     found, wanted = evaluated(ours, tasks), evaluated(theirs, tasks)
@@ -227,6 +238,7 @@ def test_local_tasks_give_what_lm_evals_own_model_gives(ours, theirs, tasks, mon
     assert chat["samples"]["local_answer"][0]["arguments"][0][0].startswith("<|im_start|>user\n3 + 0")
 
 
+@pytest.mark.slow
 def test_the_command_line_is_lm_evals(folder, tasks, tmp_path):
     call = ["--model", "vishwamai", "--model_args", f"pretrained={folder},dtype=bfloat16", "--tasks", "local_choice"]
     more = ["--include_path", str(tasks), "--batch_size", "2", "--output_path", str(tmp_path), "--limit", "2"]
@@ -245,6 +257,7 @@ def test_the_command_line_is_lm_evals(folder, tasks, tmp_path):
         (dict(batch_size=0), "batch_size=0: expected a number from 1"),
         (dict(max_length=97), "max_length=97: expected 2 to the model's context, 96"),
         (dict(max_length=1), "max_length=1: expected 2"),
+        (dict(cache_dtype="int4"), "cache_dtype='int4': expected int8, float8_e4m3fn, or None"),
     ],
 )
 def test_options_out_of_range(folder, options, message):
@@ -329,6 +342,7 @@ def test_a_tokenizer_that_begins_texts_does_so_once(folder, tmp_path):
     assert found == theirs.generate_until(asked, disable_tqdm=True) and found[0] == found[1] != found[2]
 
 
+@pytest.mark.slow
 def test_what_pads_is_no_part_of_an_answer(folder, tmp_path, monkeypatch):
     ours = HarnessModel(changed(folder, tmp_path, without=["pad_token"]))
     prompts = ["0:", "1:", "2:"]

@@ -85,6 +85,7 @@ def test_an_exported_folder_named_benchmarks_and_another_output(command, text_fo
         ([], "benchmark 'perplexity' needs held-out text: add --data perplexity=PATH, or train with data.held_out"),
         (["--benchmarks", "perplexty"], "did you mean 'perplexity'? A text model can be scored on: perplexity"),
         (["--benchmarks", "sroie"], "unknown benchmark 'sroie': A text model can be scored on: perplexity"),
+        (["--cache-dtype", "int8"], "--cache-dtype: a text model's benchmarks write no answer"),
         (["--data", "x.txt"], "--data x.txt: expected NAME=PATH, NAME being perplexity"),
         (["--data", "perplexity=a", "--data", "perplexity=b"], "two texts for 'perplexity': a and b"),
         (["--data", "perplexity=nowhere.txt"], "no data file nowhere.txt"),

@@ -3,6 +3,7 @@
 import jax
 import numpy as np
 import pytest
+from cases import quick_and_slow
 from flax import nnx
 
 from vishwamai.generation import Draft, Generation, Sampling, generate, left_padded
@@ -66,8 +67,8 @@ def small():
     return split()
 
 
-@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS.keys())
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("kind", quick_and_slow(KINDS, ["full", "window of 1"]))
+@pytest.mark.parametrize("seed", [1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in (2, 3))])
 def test_greedy_tokens_are_those_without_a_draft(kind, seed):
     model = split(seed, **kind)
     expected = run(model).tokens
@@ -117,6 +118,7 @@ def test_rows_go_on_by_what_they_accept_alone(small):
     assert together.accepted == sum(one.accepted for one in alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draft", [equal, similar])
 def test_rows_end_within_an_accepted_run(small, draft):
     free = run(small).tokens
@@ -136,6 +138,7 @@ def test_the_loop_stops_where_it_is_told_and_goes_on(small, draft):
         np.testing.assert_array_equal(run(small, draft, count=count).tokens, expected[:, :count])
 
 
+@pytest.mark.slow
 def test_shapes_and_the_context_can_be_filled_to_the_last_token(small):
     for length, count in [(8, 8), (40, 24)]:
         prompt = np.random.default_rng(length).integers(1, 97, length).tolist()

@@ -82,6 +82,7 @@ def test_a_batch_of_one_equals_its_row_of_a_batch(small):
         np.testing.assert_array_equal(generate(*small, left_padded([prompt], 0), max_new_tokens=9, **FREE)[0], row)
 
 
+@pytest.mark.slow
 def test_a_drawn_row_depends_on_its_number_and_not_on_its_neighbours(small):
     sampling = Sampling(temperature=1.0, top_p=0.9, repetition_penalty=1.2, seed=7)
     options = dict(max_new_tokens=9, sampling=sampling, **FREE)

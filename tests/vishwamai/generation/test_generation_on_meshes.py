@@ -41,7 +41,7 @@ def model():
 @pytest.mark.parametrize(
     "axes, rows, options",
     [
-        (dict(data=2, fsdp=2, tensor=2), 4, {}),
+        pytest.param(dict(data=2, fsdp=2, tensor=2), 4, {}, marks=pytest.mark.slow),
         (dict(data=2, tensor=4), 4, dict(draft=True, cache_dtype="int8")),  # four devices share two key heads
         (dict(fsdp=4, tensor=2), 3, {}),
     ],

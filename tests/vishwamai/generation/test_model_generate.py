@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from cases import quick_and_slow
 from hf_folders import write_folder
 
 from vishwamai import VishwamAI
@@ -119,11 +120,10 @@ def exact(model, prompt, answer):
     return np.asarray(jax.nn.log_softmax(logits))[np.arange(len(answer)), answer]
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, dict(temperature=1.5, top_k=20, repetition_penalty=1.5, num_return_sequences=2)],
-    ids=["greedy", "drawn"],
-)
+DRAWN = dict(temperature=1.5, top_k=20, repetition_penalty=1.5, num_return_sequences=2)
+
+
+@pytest.mark.parametrize("options", quick_and_slow({"greedy": {}, "drawn": DRAWN}, ["greedy"]))
 def test_log_probabilities_are_those_of_the_whole_text(model, options):
     """The model's own: not of what temperature, top_k and a penalty make of them."""
     tokens = model.generate(PROMPTS, max_new_tokens=20, stop=[], **options)
@@ -152,6 +152,7 @@ def test_log_probabilities_end_where_a_string_does(model):
     np.testing.assert_allclose(got.log_probabilities[0, :length], free.log_probabilities[0, :length], atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("right", ["always", "sometimes"])
 def test_a_draft_changes_nothing_but_the_time(model, right):
     """Strings and ends within what was accepted, pieces of a stream, log-probabilities."""

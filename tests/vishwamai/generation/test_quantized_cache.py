@@ -97,6 +97,7 @@ def test_a_cache_holds_each_key_and_value_quantised_by_itself(dtype, at_a_time):
             np.testing.assert_allclose(*wide, rtol=0.13, atol=1)  # rounding of the key can change its last bit
 
 
+@pytest.mark.slow
 def test_half_the_memory_of_bfloat16():
     model = split(head_dim=64)
     size = lambda found: sum(x.nbytes for x in jax.tree.leaves(found.state.cache.layers))  # noqa: E731
@@ -120,6 +121,7 @@ def test_greedy_tokens_are_mostly_those_of_a_whole_cache():
     assert same.mean() > 0.5 and len(np.unique(found.tokens)) > 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_drafts_and_samples_change_nothing(dtype):
     model = split()

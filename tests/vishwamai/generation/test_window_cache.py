@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import quick_and_slow
 from flax import nnx
 
 from vishwamai.data.batch import text_batch
@@ -75,7 +76,7 @@ def run(model, prompts=PROMPTS, **options):
     return generation
 
 
-@pytest.mark.parametrize("changes, slots", KINDS.values(), ids=KINDS.keys())
+@pytest.mark.parametrize("changes, slots", quick_and_slow(KINDS, ["of 1", "sliding, full"]))
 def test_layers_hold_their_window_and_say_what_no_cache_says(changes, slots):
     model = split(**changes)
     got = run(model)  # prompts of 16 tokens, most of it padding, and 24 more

@@ -42,7 +42,14 @@ def test_a_step_tells_the_load_of_every_expert(on_one_device):
     assert on_one_device[-1]["loss"] < on_one_device[0]["loss"] - 0.01
 
 
-@pytest.mark.parametrize("mesh", [{"data": 2}, {"fsdp": 2, "tensor": 2}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+SLOW_MESHES = {"data": 2}, {"fsdp": 2, "tensor": 2}
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [*(pytest.param(m, marks=pytest.mark.slow) for m in SLOW_MESHES), {"data": 2, "fsdp": 2, "tensor": 2}],
+    ids=str,
+)
 def test_meshes_give_the_same_steps(trainer_for, source, on_one_device, mesh):
     found = losses(trainer_for(mesh=mesh, model={"mixture": MIXTURE}), source)
     for name in ("loss", "balance_loss", "grad_norm", "expert_load"):
@@ -57,6 +64,7 @@ def test_no_device_sorts_the_rows_of_another(trainer_for, source):
     assert "[84]" in text and "s32[336]" not in text
 
 
+@pytest.mark.slow
 def test_accumulation_without_a_balance_loss_equals_the_big_batch(trainer_for, source):
     """The balance loss is one of each micro-batch; everything else adds up."""
     plain = MIXTURE | dict(router_aux_loss_coef=0.0, router_z_loss_coef=0.01)
@@ -92,6 +100,7 @@ def test_biases_follow_the_load_and_nothing_else_moves_them(trainer_for, source)
     assert np.abs(bias(state)).max() > 0
 
 
+@pytest.mark.slow
 def test_biases_even_out_the_load(trainer_for, source):
     """From biases that send every token to two experts; without a learning rate to speak of."""
     trainer = trainer_for(model={"mixture": SIGMOID}, optimizer={"learning_rate": 1e-9})
