@@ -189,6 +189,12 @@ def key_range(mask: Mask, q_start: int, q_stop: int, num_keys: int) -> tuple[int
     return min(max(low, 0), high - 1), high
 
 
+def all_see_themselves(mask: Mask, num_queries: int, num_keys: int) -> bool:
+    """Whether it is known when tracing that every query sees a key: that of its own position."""
+    known = mask.q_segment_ids is None and mask.kv_length is None and isinstance(mask.q_offset, int)
+    return known and 0 <= mask.q_offset <= num_keys - num_queries
+
+
 def clear_padding(mask: Mask, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """q, k, v with zeros in padding rows and behind kv_length: 0 · NaN must not reach a live row, nor its gradient."""
     live_queries, live_keys = None, None

@@ -6,11 +6,11 @@ rows of keys. Shape letters inside: G query heads that share a key head, R rows 
 Long texts take one head after the other: a block then holds more of its queries, so that d_k and d_v are added to less
 often, and stays in the cache.
 
-Two things are as they are for XLA's CPU compiler. It makes one loop of product, softmax and product, logits never
-leaving the cache, if each value inside has one reader and none is a select: so the mask is added, each layer widens it
-to all heads for itself, the scale is in q, the backward normalises anew rather than read saved maxima, and the
-log-sum-exp is a computation of its own, which vanishes where nobody reads it. And the gradients of k and v are summed
-as `B K H S`, so that no product needs the large `B K GR S` arrays transposed: that copy costs as much as the product.
+Two things are as they are for XLA's CPU compiler. It makes one loop of several heads' product, softmax and product,
+logits never leaving the cache, if each value inside has one reader: so the scale is in q, and the backward of several
+heads normalises anew; that of one head reads what the forward saved. (A mask breaks that loop, being a select; added
+as numbers it would not, but making those costs more.) And the gradients of k and v are summed as `B K H S`, so that no
+product needs the large `B K GR S` arrays transposed: that copy costs as much as the product.
 """
 
 import functools
@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from kernels.attention.mask import Mask, clear_padding, key_range, visible
+from kernels.attention.mask import Mask, all_see_themselves, clear_padding, key_range, visible
 from kernels.backends import left_to_xla
 from kernels.precision import precision
 
@@ -65,43 +65,40 @@ def attention(q, k, v, mask: Mask, scale: float, logit_softcap: float | None, si
 
 
 def _forward(q, k, v, mask, scale, softcap, sinks):
-    outs, lse, live = _each_head(functools.partial(_forward_heads, scale, softcap), mask, sinks, q, k, v)
-    out, live = _ungroup(outs), None if live is None else live[:, 0, 0, :, :, None]
-    return (out, _ungroup(lse)[..., 0]), (q, k, v, mask, sinks, out, live)
+    *parts, live = _each_head(functools.partial(_forward_heads, scale, softcap), mask, sinks, q, k, v)
+    out, total, top = map(_ungroup, parts)
+    lse = top + jnp.log(total)
+    if live is not None:
+        live = live[:, 0, 0, :, :, None]
+        lse = jnp.where(live, lse, -jnp.inf if sinks is None else top)
+    return (out, lse[..., 0]), (q, k, v, mask, sinks, out, total, top, live)
 
 
 def _forward_heads(scale, softcap, mask, sinks, q, k, v):
-    """Output and log-sum-exp, `B K G T H` and `B K G T 1`; which rows see a key, `B 1 1 T 1`, None where all do."""
+    """Output `B K G T H`; the softmax's total and top, `B K G T 1`; which rows see a key, `B 1 1 T 1`, None: all do."""
     num_queries, num_heads = q.shape[1:3]
     num_keys, num_kv_heads = k.shape[1:3]
     q, k, v = clear_padding(mask, q, k, v)
     q, _, scale = _fold(q, scale)
+    ask_live = not all_see_themselves(mask, num_queries, num_keys)
     q_rows, k_rows, v_rows = _group(q, num_kv_heads), k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
 
     def attend(piece, carry, start):
-        logits, _, live = _logits(_rows(q_rows, start, piece), k_rows, mask, start, piece, scale, softcap)
-        weights, total, _ = _softmax(logits, sinks)
+        logits, _, live = _logits(_rows(q_rows, start, piece), k_rows, mask, start, piece, scale, softcap, ask_live)
+        weights, total, top = _softmax(logits, sinks)
         out = _dot("bkrs,bksh->bkrh", weights.astype(v.dtype), v_rows[:, :, piece.low : piece.high]) / total
         if live is not None:
             out, live = jnp.where(live, out, 0), jnp.broadcast_to(live, out.shape[:1] + live.shape[1:])
             live = live[:, :, None, : piece.rows]
-        return carry, (_split(out, piece).astype(q.dtype), live)
-
-    def log_sum_exp(piece, carry, start):
-        logits, _, live = _logits(_rows(q_rows, start, piece), k_rows, mask, start, piece, scale, softcap)
-        _, total, top = _softmax(logits, sinks)
-        lse = top + jnp.log(total)
-        seen = lse if live is None else jnp.where(live, lse, -jnp.inf if sinks is None else top)
-        return carry, _split(seen, piece)
+        return carry, (_split(out, piece).astype(q.dtype), _split(total, piece), _split(top, piece), live)
 
     pieces = plan(len(q) * num_heads, num_queries, num_keys, mask)
-    outs, lives = zip(*(_each_block(attend, (), piece)[1] for piece in pieces), strict=True)
-    lse = [_each_block(log_sum_exp, (), piece)[1] for piece in pieces]
-    return tuple(None if x[0] is None else jnp.concatenate(x, axis=3) for x in (outs, lse, lives))
+    parts = zip(*(_each_block(attend, (), piece)[1] for piece in pieces), strict=True)
+    return tuple(None if x[0] is None else jnp.concatenate(x, axis=3) for x in parts)
 
 
 def _backward(scale, softcap, saved, cotangents):
-    q, k, v, mask, sinks, out, live = saved
+    q, k, v, mask, sinks, out, *statistics, live = saved
     # Else XLA finds that the forward has made these logits, and keeps them all from there to here.
     q, k, v = lax.optimization_barrier((q, k, v))
     d_out, d_lse = cotangents
@@ -109,32 +106,35 @@ def _backward(scale, softcap, saved, cotangents):
         d_out = jnp.where(live, d_out, 0)
         d_lse = d_lse if sinks is not None else jnp.where(live[..., 0], d_lse, 0)
     step = functools.partial(_backward_heads, scale, softcap)
-    d_q, d_k, d_v, d_sinks = _each_head(step, mask, sinks, q, k, v, out, d_out.astype(v.dtype), d_lse[..., None])
+    rows = out, d_out.astype(v.dtype), d_lse[..., None], *(() if _rows_at_once(q, k) is None else statistics)
+    d_q, d_k, d_v, d_sinks = _each_head(step, mask, sinks, q, k, v, *rows)
     d_k, d_v = (_of_key_heads(x, like).astype(like.dtype) for x, like in ((d_k, k), (d_v, v)))
     return _ungroup(d_q), d_k, d_v, None, None if sinks is None else d_sinks.sum(0).reshape(-1).astype(sinks.dtype)
 
 
-def _backward_heads(scale, softcap, mask, sinks, q, k, v, out, d_out, d_lse):
-    """The gradients of q `B K G T H`, k and v `B K H S`, sinks `B K G`."""
+def _backward_heads(scale, softcap, mask, sinks, q, k, v, *rows):
+    """The gradients of q `B K G T H`, k and v `B K H S`, sinks `B K G`. `rows` are out, d_out, d_lse (, total, top)."""
     q, k, v = clear_padding(mask, q, k, v)
     q, folded, scale = _fold(q, scale)
     num_queries, num_heads = q.shape[1:3]
     num_keys, num_kv_heads = k.shape[1:3]
-    q_rows, out_rows, d_out_rows, d_lse_rows = (_group(x, num_kv_heads) for x in (q, out, d_out, d_lse))
-    q_columns, d_out_columns = (x.transpose(0, 1, 4, 2, 3) for x in (q_rows, d_out_rows))
+    q_rows, *rows = (_group(x, num_kv_heads) for x in (q, *rows))
+    q_columns, d_out_columns = (x.transpose(0, 1, 4, 2, 3) for x in (q_rows, rows[1]))
     k_rows, v_rows = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
     stats = jnp.promote_types(q.dtype, jnp.float32)
 
     def block(piece, sums, start):
         keys = slice(piece.low, piece.high)
         logits, slope, _ = _logits(_rows(q_rows, start, piece), k_rows, mask, start, piece, scale, softcap)
-        weights, total, top = _softmax(logits, sinks)
+        out_piece, d_out_piece, d_lse_piece, *saved = (_flat(_rows(x, start, piece)) for x in rows)
+        if saved:
+            total, top = saved
+            weights = jnp.exp(logits - top)
+        else:
+            weights, total, top = _softmax(logits, sinks)
         # The total divides rows of the products, not all their weights; but bfloat16 would round those rows.
         share = 1 / total
         weights, share = (weights * share, jnp.ones_like(share)) if q.dtype == jnp.bfloat16 else (weights, share)
-        d_out_piece, out_piece, d_lse_piece = (
-            _flat(_rows(x, start, piece)) for x in (d_out_rows, out_rows, d_lse_rows)
-        )
         delta = jnp.sum(d_out_piece.astype(stats) * out_piece, axis=-1, keepdims=True) - d_lse_piece
         d_p = _dot("bkrh,bksh->bkrs", d_out_piece, v_rows[:, :, keys])
         d_logits = weights * (d_p - delta)
@@ -164,16 +164,22 @@ def _backward_heads(scale, softcap, mask, sinks, q, k, v, out, d_out, d_lse):
 attention.defvjp(_forward, _backward)
 
 
+def _rows_at_once(q, k) -> int | None:
+    """Rows of the batch whose heads are taken one after the other; None where all heads of all rows go together."""
+    (batch, num_queries, num_heads, _), num_keys = q.shape, k.shape[1]
+    fitting = [n for n in range(1, batch + 1) if batch % n == 0 and n * num_queries * num_keys <= ROWS_LOGITS]
+    rows = max(fitting, default=1)
+    small = batch * num_heads * num_queries * num_keys <= TOGETHER or batch // rows * num_heads == 1
+    # XLA would gather the heads of a mesh to take them one after the other.
+    return None if small or left_to_xla() else rows
+
+
 def _each_head(step, mask: Mask, sinks, *arrays):
     """`step(mask, sinks, *arrays)`, of long texts for a few rows and one query head after the other; what it gives
     begins with rows and heads. Arrays: q `B T N H`, k `B S K H`, others with N or K heads in the same place.
     """
-    (batch, num_queries, num_heads, _), num_keys = arrays[0].shape, arrays[1].shape[1]
-    fitting = [n for n in range(1, batch + 1) if batch % n == 0 and n * num_queries * num_keys <= ROWS_LOGITS]
-    rows = max(fitting, default=1)
-    jobs = batch // rows * num_heads
-    # XLA would gather the heads of a mesh to take them one after the other.
-    if batch * num_heads * num_queries * num_keys <= TOGETHER or jobs == 1 or left_to_xla():
+    (batch, _, num_heads, _), rows = arrays[0].shape, _rows_at_once(*arrays[:2])
+    if rows is None:
         return step(mask, sinks, *arrays)
 
     def cut(x, row, size=rows):
@@ -190,7 +196,7 @@ def _each_head(step, mask: Mask, sinks, *arrays):
         x = x.reshape(-1, num_heads, rows, *x.shape[3:])
         return jnp.moveaxis(x, 2, 1).reshape(batch, num_heads, *x.shape[3:])
 
-    return jax.tree.map(join, lax.scan(one, None, jnp.arange(jobs))[1])
+    return jax.tree.map(join, lax.scan(one, None, jnp.arange(batch // rows * num_heads))[1])
 
 
 def _fold(q, scale: float) -> tuple[jax.Array, float, float]:
@@ -198,29 +204,25 @@ def _fold(q, scale: float) -> tuple[jax.Array, float, float]:
     return (q, 1.0, scale) if q.dtype == jnp.bfloat16 else (q * scale, scale, 1.0)
 
 
-def _logits(q, k_rows, mask: Mask, start, piece: Piece, scale, softcap):
+def _logits(q, k_rows, mask: Mask, start, piece: Piece, scale, softcap, ask_live=False):
     """Logits `B K GR S`; d logit / d (q · k), None where it is 1; and which rows see a key at all, `B 1 GR 1` or
-    `1 1 GR 1`, None where all do. A hidden key's logit is nearly -inf.
+    `1 1 GR 1`, None where all do or nobody asks. A hidden key's logit is nearly -inf.
     """
     # From here on the mask belongs to this q: JAX would else make it, T x S, ahead of a loop over heads or layers.
     q, start = lax.optimization_barrier((q, jnp.asarray(start)))
-    seen = visible(mask, start, piece.rows, piece.low, piece.high - piece.low)
-    if seen is not None:
-        seen = jnp.broadcast_to(seen, (seen.shape[0], piece.rows, seen.shape[2]))
-        seen = jnp.tile(seen, (1, q.shape[2], 1))[:, None]
-        # Half the lowest number there is: no sum with a logit overflows, and none differs from it.
-        stats = jnp.promote_types(q.dtype, jnp.float32)
-        hidden = jnp.where(seen, 0, float(jnp.finfo(stats).min) / 2).astype(stats)
-        # Tied to this layer's q, as XLA would else keep the mask of all heads in memory for all layers to read.
-        q, hidden = lax.optimization_barrier((q, hidden))
     logits = _dot("bkrh,bksh->bkrs", _flat(q), k_rows[:, :, piece.low : piece.high])
     logits, slope = (logits, None) if scale == 1.0 else (logits * scale, scale)
     if softcap is not None:
         bounded = jnp.tanh(logits / softcap)
         logits, slope = softcap * bounded, scale * (1 - jnp.square(bounded))
+    seen = visible(mask, start, piece.rows, piece.low, piece.high - piece.low)
     if seen is None:
         return logits, slope, None
-    return logits + hidden, slope, jnp.any(seen, axis=-1, keepdims=True)
+    seen = jnp.broadcast_to(seen, (seen.shape[0], piece.rows, seen.shape[2]))
+    seen = jnp.tile(seen, (1, q.shape[2], 1))[:, None]
+    # Half the lowest number there is: that of hidden keys less that of seen ones does not overflow.
+    logits = jnp.where(seen, logits, float(jnp.finfo(logits.dtype).min) / 2)
+    return logits, slope, jnp.any(seen, axis=-1, keepdims=True) if ask_live else None
 
 
 def _softmax(logits, sinks):

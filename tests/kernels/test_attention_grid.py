@@ -30,14 +30,15 @@ def sizes(**constants: int):
         yield
 
 
+# Many pieces, blocks and remainders from little text.
+SMALL = dict(BLOCK_LOGITS=64, MIN_BLOCK=5, MIN_PIECE=12)
 # What is held against float64: the name of a backend, and what to trace it in.
 RUNS = {
     "reference": ("reference", contextlib.nullcontext),
     "xla": ("xla", contextlib.nullcontext),
-    # Many pieces, blocks and remainders from little text.
-    "small blocks": ("xla", functools.partial(sizes, BLOCK_LOGITS=64, MIN_BLOCK=5, MIN_PIECE=12)),
+    "small blocks": ("xla", functools.partial(sizes, **SMALL)),
     "a head at a time": ("xla", functools.partial(sizes, TOGETHER=0)),
-    "a head of a row at a time": ("xla", functools.partial(sizes, TOGETHER=0, ROWS_LOGITS=0)),
+    "a head of a row at a time": ("xla", functools.partial(sizes, TOGETHER=0, ROWS_LOGITS=0, **SMALL)),
     "tpu": ("tpu", pltpu.force_tpu_interpret_mode),
 }
 
@@ -88,7 +89,7 @@ ONLY = {
         "bfloat16, all",
     ),
     "a head at a time": ("packed", "two sides", "bfloat16, all"),
-    "a head of a row at a time": ("packed", "two sides", "bfloat16, all"),
+    "a head of a row at a time": ("packed", "blocks", "two sides", "bfloat16, all"),
 }
 # Interpreted, a case takes seconds. The TPU's kernels want widths in eights.
 SLOW = {("tpu", name) for name in PROGRAMS}

@@ -74,7 +74,11 @@ def test_a_long_row_needs_no_square_buffer():
     assert memory < 40 * 2 * length * width * 2  # some copies of q
 
 
-@pytest.mark.parametrize("chip, widths", [("v5e", (128, 128)), ("v5p", (128, 128)), ("v6e", (256, 256))], ids=str)
+@pytest.mark.parametrize(
+    "chip, widths",
+    [("v5e", (128, 128)), ("v5p", (128, 128)), ("v6e", (256, 256)), ("tpu7x", (192, 128))],
+    ids=str,
+)
 def test_a_row_of_128k_is_one_kernel_each_way(chip, widths):
     length, heads = 128 * 1024, 16
     program = compiled(chip, 1, heads, 8, length, length, *widths, Mask(causal=True))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kernels import Mask, attention, decode_attention
-from kernels.attention.mask import key_range, visible
+from kernels.attention.mask import all_see_themselves, key_range, visible
 from kernels.backends import Backend
 
 HAND_WRITTEN = {
@@ -72,6 +72,14 @@ HAND_WRITTEN = {
         Mask(causal=True, q_offset=np.array([-2])),
         ["0000", "0000", "1000", "1100"],
     ),
+    "before the first key, known when tracing": (
+        Mask(causal=True, q_offset=-2),
+        ["0000", "0000", "1000", "1100"],
+    ),
+    "window beyond the last key": (
+        Mask(causal=True, window=2, q_offset=3),
+        ["0011", "0001", "0000", "0000"],
+    ),
 }
 
 
@@ -81,10 +89,17 @@ def test_hand_written(name):
     expected = np.array([[digit == "1" for digit in row] for row in rows])
     np.testing.assert_array_equal(np.broadcast_to(visible(mask, 0, 4, 0, 4), (1, 4, 4))[0], expected)
     np.testing.assert_array_equal(np.broadcast_to(visible(mask, 1, 2, 1, 3), (1, 2, 3))[0], expected[1:3, 1:4])
+    assert expected.any(axis=1).all() or not all_see_themselves(mask, 4, 4)
     # What is skipped without looking holds nothing.
     for start in range(4):
         low, high = key_range(mask, start, start + 1, 4)
         assert not expected[start, :low].any() and not expected[start, high:].any()
+
+
+def test_a_causal_query_sees_itself():
+    assert all_see_themselves(Mask(causal=True, window=1, prefix_length=2), 4, 4)
+    assert all_see_themselves(Mask(causal=True, q_offset=2), 2, 4)
+    assert not all_see_themselves(Mask(causal=True), 5, 4)
 
 
 def test_rows_of_a_batch_have_lengths_of_their_own():
