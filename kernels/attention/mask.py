@@ -36,7 +36,7 @@ class Mask:
             such a key is never seen, and what it holds (NaN too) reaches nothing.
         kv_segment_ids: int `B S`; left out, it is `q_segment_ids` (then T must equal S).
         kv_length: int or int `B`; keys from there on are absent.
-        q_offset: int or int `B`; the position of query 0 (the number of keys cached before it).
+        q_offset: int or int `B`, within ±2^30; the position of query 0 (the number of keys cached before it).
         block_ids: int `B T` with T = S and no `q_offset`; a query also sees the keys of its own non-zero block
             (images that look both ways), never across segments.
 
@@ -119,6 +119,12 @@ def check(mask: Mask, batch: int, num_queries: int, num_keys: int) -> None:
         allowed = [shapes[field]] if field in shapes else [(), (batch,)]
         if np.shape(value) not in allowed:
             raise ValueError(f"Mask.{field} must have shape {' or '.join(map(str, allowed))}, found {np.shape(value)}")
+    offset = mask.q_offset
+    if isinstance(offset, int | np.ndarray | np.integer) and np.max(np.abs(np.asarray(offset, np.int64))) > ENDLESS:
+        raise ValueError(
+            f"Mask.q_offset must lie within -2^30 and 2^30, as positions are counted in int32, found {np.min(offset)} "
+            f"to {np.max(offset)}"
+        )
     if mask.q_segment_ids is not None and mask.kv_segment_ids is None and num_queries != num_keys:
         raise ValueError(f"{num_queries} queries against {num_keys} keys: segments need kv_segment_ids too")
     if mask.block_ids is not None and (num_queries != num_keys or not isinstance(mask.q_offset, int) or mask.q_offset):

@@ -144,6 +144,8 @@ def test_ints_stay_static_and_arrays_are_leaves():
         ({"kv_length": np.ones((2, 1), int)}, r"kv_length must have shape \(\) or \(2,\), found \(2, 1\)"),
         ({"kv_length": np.array([3, 2**40])}, "kv_length must hold numbers that fit int32, found 3 to 1099511627776"),
         ({"q_offset": -(2**31) - 1}, "q_offset must hold numbers that fit int32"),
+        ({"causal": True, "q_offset": 2**31 - 1}, "q_offset must lie within .*, found 2147483647 to 2147483647"),
+        ({"causal": True, "q_offset": np.array([3, -(2**31)], np.int32)}, "within .*, found -2147483648 to 3"),
         ({"q_segment_ids": np.full((2, 4), 2**32), "kv_segment_ids": np.ones((2, 6), int)}, "q_segment_ids .* int32"),
         ({"causal": True, "block_ids": np.ones((2, 4), int)}, "block_ids needs as many keys as queries"),
     ],
@@ -170,6 +172,13 @@ def test_a_window_longer_than_any_text_is_none(window):
     q = np.random.default_rng(0).standard_normal((1, 4, 1, 4)).astype(np.float32)
     all_of_it = Mask(causal=True, prefix_length=window, kv_length=window)
     np.testing.assert_array_equal(attention(q, q, q, all_of_it), attention(q, q, q, Mask(causal=True, prefix_length=4)))
+
+
+@pytest.mark.parametrize("q_offset", [2**30, -(2**30)])
+def test_the_largest_offsets(q_offset):
+    q = np.random.default_rng(0).standard_normal((1, 4, 1, 4)).astype(np.float32)
+    found = attention(q, q, q, Mask(causal=True, q_offset=q_offset))
+    np.testing.assert_array_equal(found, attention(q, q, q) if q_offset > 0 else np.zeros_like(q))
 
 
 @pytest.mark.parametrize("kernel", [attention, decode_attention])
